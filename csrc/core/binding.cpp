@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "core/binding.h"
 
+#include <iterator>
 #include <unordered_map>
 
 namespace pkt {
 namespace {
 
-const char* const kNames[] = {"float32", "float64", "float16", "bfloat16", "int64"};
+const char* const kNames[] = {"float32", "float64", "float16", "bfloat16",
+                              "int64",   "int32",   "uint8"};
 
 // torch's dtype objects are singletons, so their addresses can be remembered.
 bool lookup(py::handle dtype, DType& out) {
@@ -15,8 +17,8 @@ bool lookup(py::handle dtype, DType& out) {
   if (found == known.end()) {
     const std::string name = py::str(dtype);
     int code = -1;
-    for (int i = 0; i < 5; ++i) {
-      if (name == std::string("torch.") + kNames[i]) code = i;
+    for (size_t i = 0; i < std::size(kNames); ++i) {
+      if (name == std::string("torch.") + kNames[i]) code = static_cast<int>(i);
     }
     found = known.emplace(dtype.ptr(), code).first;
   }

@@ -14,7 +14,7 @@
 
 namespace pkt {
 
-enum class DType { f32, f64, f16, bf16, i64 };
+enum class DType { f32, f64, f16, bf16, i64, i32, u8 };
 
 // 16-bit floats as bit patterns: one type for host, device and emulation.
 struct half {

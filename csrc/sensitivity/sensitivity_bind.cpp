@@ -7,7 +7,9 @@ namespace {
 
 constexpr std::initializer_list<DType> kFloats = {DType::f32, DType::f16, DType::bf16};
 
-TensorView view_score(py::handle score) {
+// The score, or where there is none the weight whose shape it would have.
+TensorView view_shape(py::handle score, py::handle weight) {
+  if (score.is_none()) return view(weight, "weight", 2, kFloats);
   const TensorView s = view(score, "score", 2, {DType::f32});
   check_contiguous(s, "score");
   return s;
@@ -20,16 +22,58 @@ TensorView view_weight(py::handle weight, const TensorView& score) {
   return w;
 }
 
-void accumulate_sensitivity(py::handle score, py::handle weight, py::handle grad, int threads,
-                            uintptr_t stream) {
-  const TensorView s = view_score(score);
+float* score_data(py::handle score, const TensorView& view) {
+  return score.is_none() ? nullptr : static_cast<float*>(view.data);
+}
+
+// The fields of a SensitivitySums object (see ops/sensitivity.py); None: no sums.
+SensitivitySums view_sums(py::handle sums, const TensorView& score) {
+  SensitivitySums out{};
+  if (sums.is_none()) return out;
+  const auto field = [&](const char* name, DType dtype,
+                         std::initializer_list<int64_t> shape) -> void* {
+    const py::object tensor = sums.attr(name);
+    if (tensor.is_none()) return nullptr;
+    const std::string label = std::string("sums.") + name;
+    const TensorView v = view(tensor, label.c_str(), static_cast<int>(shape.size()), {dtype});
+    check_shape(v, label.c_str(), shape);
+    check_contiguous(v, label.c_str());
+    check_device(v, label.c_str(), score);
+    return v.data;
+  };
+  const int64_t rows = score.shape[0], cols = score.shape[1];
+  const auto blocks = [](int64_t size) { return (size + kSumBlock - 1) / kSumBlock; };
+  out.rows = static_cast<double*>(field("rows", DType::f64, {rows}));
+  out.cols = static_cast<double*>(field("cols", DType::f64, {cols}));
+  out.blocks = static_cast<double*>(field("blocks", DType::f64, {blocks(rows), blocks(cols)}));
+  out.total = static_cast<double*>(field("total", DType::f64, {}));
+  out.nonfinite = static_cast<int32_t*>(field("nonfinite", DType::i32, {}));
+  return out;
+}
+
+void* workspace_data(py::handle workspace, int64_t bytes, const TensorView& score) {
+  const TensorView space = view(workspace, "workspace", 1, {DType::u8});
+  check_shape(space, "workspace", {bytes});
+  check_contiguous(space, "workspace");
+  check_device(space, "workspace", score);
+  return space.data;
+}
+
+struct Elementwise {
+  TensorView score;
+  AccumulateSensitivityParams params;
+
+  bool nothing_to_do() const { return score.numel() == 0; }
+};
+
+Elementwise describe(py::handle score, py::handle weight, py::handle grad, py::handle sums) {
+  const TensorView s = view_shape(score, weight);
   const TensorView w = view_weight(weight, s);
   const TensorView g = view(grad, "grad", 2, kFloats);
   check_shape(g, "grad", {s.shape[0], s.shape[1]});
   check_device(g, "grad", s);
-  if (s.numel() == 0) return;
   AccumulateSensitivityParams p{};
-  p.score = static_cast<float*>(s.data);
+  p.score = score_data(score, s);
   p.weight = w.data;
   p.grad = g.data;
   p.weight_dtype = w.dtype;
@@ -40,18 +84,45 @@ void accumulate_sensitivity(py::handle score, py::handle weight, py::handle grad
   p.weight_col_stride = w.stride[1];
   p.grad_row_stride = g.stride[0];
   p.grad_col_stride = g.stride[1];
-  PKT_DISPATCH("accumulate_sensitivity_", s, accumulate_sensitivity_cpu(p, threads),
-               accumulate_sensitivity_cuda(p, reinterpret_cast<void*>(stream)));
+  p.sums = view_sums(sums, s);
+  return Elementwise{s, p};
 }
 
-struct Operands {
+int64_t workspace_bytes(const Elementwise& e) {
+  if (e.nothing_to_do()) return 0;
+  int64_t bytes = 0;
+  PKT_DISPATCH("accumulate_sensitivity_", e.score,
+               bytes = accumulate_sensitivity_workspace_cpu(e.params),
+               bytes = accumulate_sensitivity_workspace_cuda(e.params));
+  return bytes;
+}
+
+int64_t accumulate_workspace(py::handle score, py::handle weight, py::handle grad, py::handle sums,
+                             int, uintptr_t) {
+  return workspace_bytes(describe(score, weight, grad, sums));
+}
+
+void accumulate_sensitivity(py::handle score, py::handle weight, py::handle grad, py::handle sums,
+                            py::handle workspace, int threads, uintptr_t stream) {
+  Elementwise e = describe(score, weight, grad, sums);
+  if (e.nothing_to_do()) return;
+  e.params.workspace = workspace_data(workspace, workspace_bytes(e), e.score);
+  PKT_DISPATCH("accumulate_sensitivity_", e.score, accumulate_sensitivity_cpu(e.params, threads),
+               accumulate_sensitivity_cuda(e.params, reinterpret_cast<void*>(stream)));
+}
+
+struct Linear {
   TensorView score;
   LinearSensitivityParams params;
+
+  bool nothing_to_do() const {
+    return score.numel() == 0 || params.rows == 0 || params.segment_count < 1;
+  }
 };
 
-Operands describe(py::handle score, py::handle weight, py::handle inputs, py::handle grad_outputs,
-                  py::handle segments, int variant) {
-  const TensorView s = view_score(score);
+Linear describe(py::handle score, py::handle weight, py::handle inputs, py::handle grad_outputs,
+                py::handle segments, py::handle sums, int variant) {
+  const TensorView s = view_shape(score, weight);
   const TensorView w = view_weight(weight, s);
   const TensorView x = view(inputs, "inputs", 2, kFloats);
   check_shape(x, "inputs", {x.shape[0], s.shape[1]});
@@ -63,7 +134,7 @@ Operands describe(py::handle score, py::handle weight, py::handle inputs, py::ha
   check_contiguous(n, "segments");
   check_device(n, "segments", s);
   LinearSensitivityParams p{};
-  p.score = static_cast<float*>(s.data);
+  p.score = score_data(score, s);
   p.weight = w.data;
   p.inputs = x.data;
   p.grad_outputs = d.data;
@@ -80,49 +151,51 @@ Operands describe(py::handle score, py::handle weight, py::handle inputs, py::ha
   p.inputs_col_stride = x.stride[1];
   p.grads_row_stride = d.stride[0];
   p.grads_col_stride = d.stride[1];
+  p.sums = view_sums(sums, s);
   p.variant = variant;
-  return Operands{s, p};
+  return Linear{s, p};
 }
 
-bool nothing_to_do(const LinearSensitivityParams& p) {
-  return p.rows == 0 || p.in_features == 0 || p.out_features == 0 || p.segment_count < 1;
+int64_t workspace_bytes(const Linear& l, int threads) {
+  if (l.nothing_to_do()) return 0;
+  int64_t bytes = 0;
+  PKT_DISPATCH("linear_sensitivity_", l.score,
+               bytes = linear_sensitivity_workspace_cpu(l.params, threads),
+               bytes = linear_sensitivity_workspace_cuda(l.params));
+  return bytes;
 }
 
-int64_t workspace_size(py::handle score, py::handle weight, py::handle inputs,
-                       py::handle grad_outputs, py::handle segments, int threads, uintptr_t,
-                       int variant) {
-  const Operands o = describe(score, weight, inputs, grad_outputs, segments, variant);
-  if (nothing_to_do(o.params)) return 0;
-  int64_t count = 0;
-  PKT_DISPATCH("linear_sensitivity_", o.score,
-               count = linear_sensitivity_workspace_cpu(o.params, threads), count = 0);
-  return count;
+int64_t linear_workspace(py::handle score, py::handle weight, py::handle inputs,
+                         py::handle grad_outputs, py::handle segments, py::handle sums, int threads,
+                         uintptr_t, int variant) {
+  return workspace_bytes(describe(score, weight, inputs, grad_outputs, segments, sums, variant),
+                         threads);
 }
 
 void linear_sensitivity(py::handle score, py::handle weight, py::handle inputs,
-                        py::handle grad_outputs, py::handle segments, py::handle workspace,
-                        int threads, uintptr_t stream, int variant) {
-  Operands o = describe(score, weight, inputs, grad_outputs, segments, variant);
-  if (nothing_to_do(o.params)) return;
-  const TensorView space = view(workspace, "workspace", 1, {DType::f32});
-  check_contiguous(space, "workspace");
-  check_device(space, "workspace", o.score);
-  o.params.workspace = static_cast<float*>(space.data);
-  PKT_DISPATCH("linear_sensitivity_", o.score, linear_sensitivity_cpu(o.params, threads),
-               linear_sensitivity_cuda(o.params, reinterpret_cast<void*>(stream)));
+                        py::handle grad_outputs, py::handle segments, py::handle sums,
+                        py::handle workspace, int threads, uintptr_t stream, int variant) {
+  Linear l = describe(score, weight, inputs, grad_outputs, segments, sums, variant);
+  if (l.nothing_to_do()) return;
+  l.params.workspace = workspace_data(workspace, workspace_bytes(l, threads), l.score);
+  PKT_DISPATCH("linear_sensitivity_", l.score, linear_sensitivity_cpu(l.params, threads),
+               linear_sensitivity_cuda(l.params, reinterpret_cast<void*>(stream)));
 }
 
 }  // namespace
 
 void bind_sensitivity(py::module_& m) {
+  m.def("accumulate_sensitivity_workspace", &accumulate_workspace, py::arg("score"),
+        py::arg("weight"), py::arg("grad"), py::arg("sums"), py::arg("threads"), py::arg("stream"));
   m.def("accumulate_sensitivity", &accumulate_sensitivity, py::arg("score"), py::arg("weight"),
-        py::arg("grad"), py::arg("threads"), py::arg("stream"));
-  m.def("linear_sensitivity_workspace", &workspace_size, py::arg("score"), py::arg("weight"),
-        py::arg("inputs"), py::arg("grad_outputs"), py::arg("segments"), py::arg("threads"),
-        py::arg("stream"), py::arg("variant") = -1);
-  m.def("linear_sensitivity", &linear_sensitivity, py::arg("score"), py::arg("weight"),
-        py::arg("inputs"), py::arg("grad_outputs"), py::arg("segments"), py::arg("workspace"),
+        py::arg("grad"), py::arg("sums"), py::arg("workspace"), py::arg("threads"),
+        py::arg("stream"));
+  m.def("linear_sensitivity_workspace", &linear_workspace, py::arg("score"), py::arg("weight"),
+        py::arg("inputs"), py::arg("grad_outputs"), py::arg("segments"), py::arg("sums"),
         py::arg("threads"), py::arg("stream"), py::arg("variant") = -1);
+  m.def("linear_sensitivity", &linear_sensitivity, py::arg("score"), py::arg("weight"),
+        py::arg("inputs"), py::arg("grad_outputs"), py::arg("segments"), py::arg("sums"),
+        py::arg("workspace"), py::arg("threads"), py::arg("stream"), py::arg("variant") = -1);
 }
 
 }  // namespace pkt

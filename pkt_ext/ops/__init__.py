@@ -10,6 +10,7 @@ from pkt_ext.ops.low_rank import (
 )
 from pkt_ext.ops.max_window import MaxWindow, max_window, max_window_reference
 from pkt_ext.ops.sensitivity import (
+    SensitivitySums,
     accumulate_sensitivity_,
     accumulate_sensitivity_reference_,
     linear_sensitivity_,
@@ -19,6 +20,7 @@ from pkt_ext.ops.sensitivity import (
 __all__ = [
     "LowRankReport",
     "MaxWindow",
+    "SensitivitySums",
     "accumulate_sensitivity_",
     "accumulate_sensitivity_reference_",
     "linear_sensitivity_",

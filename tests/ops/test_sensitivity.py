@@ -70,12 +70,13 @@ def check(backend, score, *operands):
     assert_within_budget(found.cpu(), score, *operands)
 
 
-def run_variant(operands, variant):
+def run_variant(operands, variant, sums=None):
     """One of the compiled variants (sensitivity.h), which the public op would not choose here."""
     with _backend.device_of(operands[0]) as launch:
-        size = _backend._C.linear_sensitivity_workspace(*operands, **launch, variant=variant)
-        workspace = torch.empty(size, device=operands[0].device)
-        _backend._C.linear_sensitivity(*operands, workspace, **launch, variant=variant)
+        given = (*operands, sums)
+        size = _backend._C.linear_sensitivity_workspace(*given, **launch, variant=variant)
+        workspace = torch.empty(size, dtype=torch.uint8, device=operands[0].device)
+        _backend._C.linear_sensitivity(*given, workspace, **launch, variant=variant)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

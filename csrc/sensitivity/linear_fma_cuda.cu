@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sensitivity on the GPU, in float32 arithmetic for every storage type.
+// Sensitivity of a linear layer's weight on the GPU, in float32 FMAs for every storage type.
 //
 // linear_tiles: a block owns a tile of scores and a thread 8 x 8 of them, in two register tiles:
 //   acc is the running sample's gradient, sum the magnitudes of those before. The block walks the
@@ -8,13 +8,10 @@
 //   tail is zero. At a boundary sum += |acc|; at the end |weight| is applied once and the tile
 //   added to the scores. Rows and segments in ascending order: equal bits in every run.
 //   Bound: float32 FMA throughput (64 FMAs per 16 values read from shared memory).
-// add_products: eight elements a thread, 16-byte loads. Bound: 8 bytes of score and the operands.
-// add_products_strided: 32 x 32 elements a block, so that a transposed operand's lines stay in L1.
 #include <cmath>
-#include <stdexcept>
 
 #include "core/cuda/launch.cuh"
-#include "sensitivity/sensitivity.h"
+#include "sensitivity/linear_cuda.h"
 
 namespace pkt {
 namespace {
@@ -186,52 +183,6 @@ __global__ void __launch_bounds__(Shape<kTile>::kThreads)
   }
 }
 
-constexpr int kThreads = 256;
-
-template <typename W, typename G>
-__global__ void __launch_bounds__(kThreads)
-    add_products(float* score, const W* weight, const G* grad, int64_t count) {
-  const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * 8;
-  if (first + 8 <= count) {
-    const auto w = *reinterpret_cast<const Eight<W>*>(weight + first);
-    const auto g = *reinterpret_cast<const Eight<G>*>(grad + first);
-    auto s = *reinterpret_cast<Eight<float>*>(score + first);
-    for (int i = 0; i < 8; ++i) s.values[i] += fabsf(to_float(w.values[i]) * to_float(g.values[i]));
-    *reinterpret_cast<Eight<float>*>(score + first) = s;
-  } else {
-    for (int64_t i = first; i < count; ++i) {
-      score[i] += fabsf(to_float(weight[i]) * to_float(grad[i]));
-    }
-  }
-}
-
-constexpr int kSquare = 32;
-
-__global__ void __launch_bounds__(kThreads) add_products_strided(AccumulateSensitivityParams p) {
-  const int64_t across = ceil_div(p.cols, kSquare);
-  const int64_t col = blockIdx.x % across * kSquare + threadIdx.x % kSquare;
-  const int64_t top = blockIdx.x / across * kSquare;
-  if (col >= p.cols) return;
-  for (int i = threadIdx.x / kSquare; i < kSquare; i += kThreads / kSquare) {
-    const int64_t row = top + i;
-    if (row >= p.rows) return;
-    const float weight = load_as_float(p.weight, p.weight_dtype,
-                                       row * p.weight_row_stride + col * p.weight_col_stride);
-    const float grad =
-        load_as_float(p.grad, p.grad_dtype, row * p.grad_row_stride + col * p.grad_col_stride);
-    p.score[row * p.cols + col] += fabsf(weight * grad);
-  }
-}
-
-// Calls body(value of the dtype's type).
-template <typename Body>
-void with_type(DType dtype, const Body& body) {
-  if (dtype == DType::f32) return body(float{});
-  if (dtype == DType::f16) return body(half{});
-  if (dtype == DType::bf16) return body(bfloat16{});
-  throw std::logic_error("sensitivity: dtype the binding does not admit");
-}
-
 template <typename T, int kTile>
 void launch_tiles(const LinearSensitivityParams& p, cudaStream_t stream) {
   using S = Shape<kTile>;
@@ -244,41 +195,12 @@ void launch_tiles(const LinearSensitivityParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-void linear_sensitivity_cuda(const LinearSensitivityParams& p, void* stream) {
-  // Large tiles read less; small ones leave fewer multiprocessors idle. A fixed number rather than
-  // the device's count decides, four tiles for each of 64.
-  const int64_t large = ceil_div(p.in_features, 128) * ceil_div(p.out_features, 128);
-  const bool wide = p.variant < 0 ? large >= 256 : p.variant > 0;
-  with_type(p.dtype, [&](auto value) {
+void linear_fma_cuda(const LinearSensitivityParams& p, bool wide, void* stream) {
+  with_float_type(p.dtype, [&](auto value) {
     using T = decltype(value);
     const auto on = static_cast<cudaStream_t>(stream);
     return wide ? launch_tiles<T, 128>(p, on) : launch_tiles<T, 64>(p, on);
   });
-}
-
-void accumulate_sensitivity_cuda(const AccumulateSensitivityParams& p, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  const auto plain = [&p](const void* data, int64_t row_stride, int64_t col_stride) {
-    return (col_stride == 1 || p.cols == 1) && (row_stride == p.cols || p.rows == 1) &&
-           reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  };
-  if (plain(p.weight, p.weight_row_stride, p.weight_col_stride) &&
-      plain(p.grad, p.grad_row_stride, p.grad_col_stride) && plain(p.score, p.cols, 1)) {
-    const int64_t count = p.rows * p.cols;
-    const dim3 grid(static_cast<unsigned>(ceil_div(count, kThreads * 8)));
-    with_type(p.weight_dtype, [&](auto weight) {
-      with_type(p.grad_dtype, [&](auto grad) {
-        using W = decltype(weight);
-        using G = decltype(grad);
-        cuda::launch(add_products<W, G>, grid, dim3(kThreads), 0, on, p.score,
-                     static_cast<const W*>(p.weight), static_cast<const G*>(p.grad), count);
-      });
-    });
-  } else {
-    const int64_t blocks = ceil_div(p.rows, kSquare) * ceil_div(p.cols, kSquare);
-    cuda::launch(add_products_strided, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, on,
-                 p);
-  }
 }
 
 }  // namespace pkt

@@ -1,21 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sensitivity on the CPU.
+// Sensitivity of a linear layer's weight, sample by sample, on the CPU.
 //
 // linear_sensitivity is a matrix product grads^T inputs whose accumulators are emptied, by
 // magnitude, at every segment boundary; the per-sample gradient exists in registers only.
 //   - A task is a block of about 160 x 240 scores. It walks the rows in chunks of kDepth: converts
 //     the chunk's two panels to float32, runs a register tile (8 x 48 on AVX-512) over them, and
 //     keeps the running sums, and the accumulators of a segment cut by the chunk, in L2.
-//   - When all rows are done, |weight| is applied once and the block added to the scores.
-//   - Every score is the work of one task, in row order: equal bits on any thread count.
+//   - When all rows are done, |weight| is applied once and the block added to the scores and sums.
+//   - Every score is the work of one task, in row order, and every block has its own slots for the
+//     sums: equal bits on any thread count.
 // Bound: float32 FMA throughput; the panels' conversion adds 1/160 + 1/240 of an operation to each.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <stdexcept>
+#include <numeric>
 
 #include "core/parallel.h"
-#include "sensitivity/sensitivity.h"
+#include "sensitivity/sums_cpu.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -29,8 +30,8 @@ constexpr int64_t kDepth = 128;           // rows of a chunk: 24 KiB of a tile's
 constexpr int64_t kBlockRows = 160;       // of scores; together with the chunk's panels and the
 constexpr int64_t kBlockCols = 240;       // carried accumulators a block fills about 0.5 MiB of L2
 constexpr int64_t kThreadFmas = 1 << 22;  // multiply-adds worth waking a thread for
-constexpr int64_t kThreadElements = 1 << 16;  // the same for the elementwise op
-constexpr int64_t kLine = 16;                 // floats of a cache line
+constexpr int64_t kLine = 16;             // floats of a cache line
+constexpr int64_t kMostBlocks = 8;        // 64 x 64 blocks along a block of scores
 
 using TileFunction = void (*)(const float* grads, const float* inputs, int64_t stride, int64_t row,
                               int64_t last, const int64_t* end, bool carried, float* sum,
@@ -87,15 +88,17 @@ int64_t round_up(int64_t value, int64_t unit) {
 struct Plan {
   Tile tile;
   int64_t block_rows, block_cols;  // whole tiles
-  int64_t row_blocks, tasks;
+  int64_t row_blocks, col_blocks, tasks;
   int64_t inputs_at, stride;  // a panel row: grads [block_rows], then inputs [block_cols]
   int64_t panels, scratch;    // floats
 
   explicit Plan(const LinearSensitivityParams& p) : tile(choose_tile(p.variant)) {
-    block_rows = even_block(p.out_features, kBlockRows, tile.rows);
-    block_cols = even_block(p.in_features, kBlockCols, tile.cols);
+    const int64_t unit = p.sums.blocks ? kSumBlock : 1;  // then each of those belongs to one task
+    block_rows = even_block(p.out_features, kBlockRows, std::lcm(tile.rows, unit));
+    block_cols = even_block(p.in_features, kBlockCols, std::lcm(tile.cols, unit));
     row_blocks = ceil_div(p.out_features, block_rows);
-    tasks = row_blocks * ceil_div(p.in_features, block_cols);
+    col_blocks = ceil_div(p.in_features, block_cols);
+    tasks = row_blocks * col_blocks;
     inputs_at = round_up(block_rows, kLine);
     stride = inputs_at + round_up(block_cols, kLine);
     if (stride / kLine % 2 == 0) stride += kLine;  // else the rows share a few sets of the L1
@@ -109,6 +112,10 @@ struct Plan {
   }
 
   // Blocks of nearly equal size rather than a small last one.
+  SumSlots slots(const LinearSensitivityParams& p) const {
+    return SumSlots(p.sums, p.out_features, p.in_features, col_blocks, row_blocks, p.workspace);
+  }
+
   static int64_t even_block(int64_t size, int64_t target, int64_t unit) {
     return round_up(ceil_div(size, ceil_div(size, target)), unit);
   }
@@ -126,41 +133,14 @@ PKT_SIMD_CLONES void convert_row(float* out, const T* values, int64_t stride, in
   for (int64_t j = count; j < padded; ++j) out[j] = 0.0f;
 }
 
-// score[j] += |weight[j]| * sum[j]
+// sum[j] *= |weight[j]|
 template <typename T>
-PKT_SIMD_CLONES void add_weighted(float* score, const float* sum, const T* weight, int64_t stride,
-                                  int64_t count) {
+PKT_SIMD_CLONES void apply_weight(float* sum, const T* weight, int64_t stride, int64_t count) {
   if (stride == 1) {
-    for (int64_t j = 0; j < count; ++j) score[j] += std::fabs(to_float(weight[j])) * sum[j];
+    for (int64_t j = 0; j < count; ++j) sum[j] *= std::fabs(to_float(weight[j]));
   } else {
-    for (int64_t j = 0; j < count; ++j) {
-      score[j] += std::fabs(to_float(weight[j * stride])) * sum[j];
-    }
+    for (int64_t j = 0; j < count; ++j) sum[j] *= std::fabs(to_float(weight[j * stride]));
   }
-}
-
-// score[j] += |weight[j] * grad[j]|
-template <typename W, typename G>
-PKT_SIMD_CLONES void add_products(float* score, const W* weight, int64_t weight_stride,
-                                  const G* grad, int64_t grad_stride, int64_t count) {
-  if (weight_stride == 1 && grad_stride == 1) {
-    for (int64_t j = 0; j < count; ++j) {
-      score[j] += std::fabs(to_float(weight[j]) * to_float(grad[j]));
-    }
-  } else {
-    for (int64_t j = 0; j < count; ++j) {
-      score[j] += std::fabs(to_float(weight[j * weight_stride]) * to_float(grad[j * grad_stride]));
-    }
-  }
-}
-
-// Calls body(pointer of the dtype's type); outside of parallel_for, whose body must not throw.
-template <typename Body>
-void with_type(DType dtype, const void* data, const Body& body) {
-  if (dtype == DType::f32) return body(static_cast<const float*>(data));
-  if (dtype == DType::f16) return body(static_cast<const half*>(data));
-  if (dtype == DType::bf16) return body(static_cast<const bfloat16*>(data));
-  throw std::logic_error("sensitivity: dtype the binding does not admit");
 }
 
 // The sums of one block of scores; leaves them in scratch + plan.panels, row-major.
@@ -196,62 +176,74 @@ void sum_block(const LinearSensitivityParams& p, const Plan& plan, const T* inpu
   }
 }
 
+// Adds one block, whose magnitudes lie in `sums`, to the scores and the sums.
+template <typename W>
+void add_block(const LinearSensitivityParams& p, const Plan& plan, const SumSlots& slots,
+               int64_t row_block, int64_t col_block, float* sums) {
+  const int64_t top = row_block * plan.block_rows, left = col_block * plan.block_cols;
+  const int64_t height = std::min(plan.block_rows, p.out_features - top);
+  const int64_t width = std::min(plan.block_cols, p.in_features - left);
+  const W* weight = static_cast<const W*>(p.weight) + left * p.weight_col_stride;
+  double* cols = slots.cols ? slots.cols + row_block * p.in_features + left : nullptr;
+  if (cols) std::fill(cols, cols + width, 0.0);
+  double total = 0.0;
+  double blocks[kMostBlocks] = {};  // of one row of 64 x 64 blocks
+  bool special = false;
+  for (int64_t i = 0; i < height; ++i) {
+    const int64_t row = top + i;
+    float* sum = sums + i * plan.block_cols;
+    apply_weight(sum, weight + row * p.weight_row_stride, p.weight_col_stride, width);
+    special |=
+        add_contributions(p.score ? p.score + row * p.in_features + left : nullptr, sum, width);
+    if (!p.sums.any_sum()) continue;
+    const double row_sum = tally(sum, width, blocks, cols);
+    total += row_sum;
+    if (slots.rows) slots.rows[col_block * p.out_features + row] = row_sum;
+    if (p.sums.blocks && ((row + 1) % kSumBlock == 0 || i + 1 == height)) {
+      const int64_t across = ceil_div(p.in_features, kSumBlock);
+      double* out = p.sums.blocks + row / kSumBlock * across + left / kSumBlock;
+      for (int64_t j = 0; j < ceil_div(width, kSumBlock); ++j) out[j] += blocks[j], blocks[j] = 0;
+    }
+  }
+  if (slots.totals) slots.totals[row_block * plan.col_blocks + col_block] = total;
+  if (special) raise_flag(p.sums.nonfinite);
+}
+
 template <typename T, typename W>
-void score_blocks(const LinearSensitivityParams& p, const T* inputs, const W* weight, int threads) {
+void score_blocks(const LinearSensitivityParams& p, int threads) {
   const Plan plan(p);
+  const SumSlots slots = plan.slots(p);
+  const T* inputs = static_cast<const T*>(p.inputs);
   const T* grads = static_cast<const T*>(p.grad_outputs);
+  float* scratches = reinterpret_cast<float*>(static_cast<char*>(p.workspace) +
+                                              round_up(slots.bytes, kLine * sizeof(float)));
   std::atomic<int64_t> next{0};
   parallel_for(threads, plan.workers(p, threads), [&](int64_t worker) {
-    float* scratch = p.workspace + worker * plan.scratch;
+    float* scratch = scratches + worker * plan.scratch;
     for (int64_t task; (task = next++) < plan.tasks;) {
-      const int64_t top = task % plan.row_blocks * plan.block_rows;
-      const int64_t left = task / plan.row_blocks * plan.block_cols;
-      const int64_t height = std::min(plan.block_rows, p.out_features - top);
-      const int64_t width = std::min(plan.block_cols, p.in_features - left);
+      const int64_t row_block = task % plan.row_blocks, col_block = task / plan.row_blocks;
+      const int64_t top = row_block * plan.block_rows, left = col_block * plan.block_cols;
       sum_block(p, plan, inputs + left * p.inputs_col_stride, grads + top * p.grads_col_stride,
-                height, width, scratch);
-      for (int64_t i = 0; i < height; ++i) {
-        add_weighted(p.score + (top + i) * p.in_features + left,
-                     scratch + plan.panels + i * plan.block_cols,
-                     weight + (top + i) * p.weight_row_stride + left * p.weight_col_stride,
-                     p.weight_col_stride, width);
-      }
+                std::min(plan.block_rows, p.out_features - top),
+                std::min(plan.block_cols, p.in_features - left), scratch);
+      add_block<W>(p, plan, slots, row_block, col_block, scratch + plan.panels);
     }
   });
+  add_slots(p.sums, slots, p.out_features, p.in_features, threads);
 }
 
 }  // namespace
 
 int64_t linear_sensitivity_workspace_cpu(const LinearSensitivityParams& p, int threads) {
   const Plan plan(p);
-  return plan.workers(p, threads) * plan.scratch;
+  return round_up(plan.slots(p).bytes, kLine * sizeof(float)) +
+         plan.workers(p, threads) * plan.scratch * int64_t{sizeof(float)};
 }
 
 void linear_sensitivity_cpu(const LinearSensitivityParams& p, int threads) {
-  with_type(p.dtype, p.inputs, [&](auto* inputs) {
-    with_type(p.weight_dtype, p.weight,
-              [&](auto* weight) { score_blocks(p, inputs, weight, threads); });
-  });
-}
-
-void accumulate_sensitivity_cpu(const AccumulateSensitivityParams& p, int threads) {
-  // Blocks, so that a transposed operand's cache lines are used by the rows that share them.
-  constexpr int64_t kTall = 16;
-  constexpr int64_t kWide = 4096;
-  const int64_t across = ceil_div(p.cols, kWide);
-  if (p.rows * p.cols < kThreadElements) threads = 1;
-  with_type(p.weight_dtype, p.weight, [&](auto* weight) {
-    with_type(p.grad_dtype, p.grad, [&](auto* grad) {
-      parallel_for(threads, ceil_div(p.rows, kTall) * across, [&](int64_t task) {
-        const int64_t top = task / across * kTall;
-        const int64_t left = task % across * kWide;
-        for (int64_t i = top; i < std::min(top + kTall, p.rows); ++i) {
-          add_products(p.score + i * p.cols + left,
-                       weight + i * p.weight_row_stride + left * p.weight_col_stride,
-                       p.weight_col_stride, grad + i * p.grad_row_stride + left * p.grad_col_stride,
-                       p.grad_col_stride, std::min(kWide, p.cols - left));
-        }
-      });
+  with_float_type(p.dtype, [&](auto value) {
+    with_float_type(p.weight_dtype, [&](auto weight) {
+      score_blocks<decltype(value), decltype(weight)>(p, threads);
     });
   });
 }
