@@ -6,6 +6,9 @@
 //     have waited sees the poison (or the last round's values) in at least one order;
 //   - a barrier not reached by all threads: reported as an error, not a hang;
 //   - shared memory read before it is written: it starts as NaN;
+//   - an asynchronous copy read before its wait, or over data still in use: the destination is NaN
+//     from the copy's start to the wait that covers it;
+//   - lanes of a warp that do not meet in the same collective operation;
 //   - out-of-range accesses: under AddressSanitizer, shared memory being its own heap block.
 #include "emulation.h"
 
@@ -40,6 +43,12 @@ constexpr size_t kStackBytes = 64 * 1024;
 
 enum class State { runnable, at_block_barrier, at_warp_barrier, done };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, filled, group;
+};
+
 struct Fiber {
   ucontext_t context;  // for the first entry
   jmp_buf resume_at;
@@ -48,8 +57,12 @@ struct Fiber {
   uint3 thread;
   unsigned index = 0;
   State state = State::runnable;
-  unsigned mask = 0;   // lanes that take part in the exchange waited for
-  uint64_t value = 0;  // what this lane published
+  unsigned mask = 0;      // lanes that take part in the exchange waited for
+  uint64_t value = 0;     // what this lane published
+  Serve serve = nullptr;  // the collective operation this lane is in, and whether it is done
+  bool served = false;
+  std::vector<Copy> copies;  // in flight
+  size_t groups = 0;         // committed
 };
 
 struct Scheduler {
@@ -88,6 +101,9 @@ void enter() {
 #endif
   try {
     (*s.body)();
+    if (!s.current->copies.empty()) {
+      throw std::runtime_error("emulation: a thread ended with copies it had not waited for");
+    }
   } catch (...) {
     s.failure = std::current_exception();
   }
@@ -168,6 +184,7 @@ void run_block(Scheduler& s) {
   for (Fiber& fiber : s.fibers) {
     fiber.state = State::runnable;
     fiber.entered = false;
+    fiber.groups = 0;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
@@ -273,6 +290,54 @@ unsigned ballot(unsigned mask, bool predicate) {
   self.mask = live;
   wait(State::at_warp_barrier);
   return votes;
+}
+
+void warp_collective(void* operands, Serve serve) {
+  Scheduler& s = *g_scheduler;
+  Fiber& self = *s.current;
+  self.value = reinterpret_cast<uintptr_t>(operands);
+  self.serve = serve;
+  self.mask = live_lanes(s, self);
+  if (self.mask != 0xffffffffu) {
+    throw std::runtime_error("emulation: a collective operation of an incomplete warp");
+  }
+  wait(State::at_warp_barrier);
+  if (!self.served) {  // the first lane to go on does it for all, which still stand where they were
+    Fiber* const warp = &s.fibers[self.index / 32 * 32];
+    void* lanes[32];
+    for (int lane = 0; lane < 32; ++lane) {
+      if (warp[lane].serve != serve) {
+        throw std::runtime_error("emulation: lanes of a warp are in different operations");
+      }
+      lanes[lane] = reinterpret_cast<void*>(warp[lane].value);
+    }
+    serve(lanes);
+    for (int lane = 0; lane < 32; ++lane) warp[lane].served = true;
+  }
+  self.served = false;
+  self.serve = nullptr;
+}
+
+void copy_async(void* to, const void* from, size_t bytes, size_t filled) {
+  Fiber& self = *g_scheduler->current;
+  std::memset(to, 0xff, filled);
+  self.copies.push_back({to, from, bytes, filled, self.groups});
+}
+
+void copy_async_commit() {
+  ++g_scheduler->current->groups;
+}
+
+void copy_async_wait(size_t pending) {
+  Fiber& self = *g_scheduler->current;
+  const auto in_flight = [&](const Copy& copy) { return copy.group + pending >= self.groups; };
+  for (const Copy& copy : self.copies) {
+    if (in_flight(copy)) continue;
+    std::memcpy(copy.to, copy.from, copy.bytes);
+    std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.filled - copy.bytes);
+  }
+  const auto kept = std::stable_partition(self.copies.begin(), self.copies.end(), in_flight);
+  self.copies.erase(kept, self.copies.end());
 }
 
 }  // namespace emulation

@@ -64,6 +64,19 @@ uint64_t exchange(unsigned mask, uint64_t value, int source);
 // Every lane's predicate as a bit mask.
 unsigned ballot(unsigned mask, bool predicate);
 
+// What the 32 lanes of a warp do as one: `serve` runs once, with every lane's `operands`. Throws
+// unless all 32 take part, in the same operation.
+using Serve = void (*)(void* const* lanes);
+void warp_collective(void* operands, Serve serve);
+
+// Copies that land when they are waited for, and not before: until then the destination is poison.
+// `to` gets `bytes` bytes of `from`, then zeros up to `filled`. A thread that ends without having
+// waited for its copies is an error.
+void copy_async(void* to, const void* from, size_t bytes, size_t filled);
+void copy_async_commit();
+// All groups committed by this thread land, but for the last `pending`.
+void copy_async_wait(size_t pending);
+
 template <typename T>
 T shuffle(unsigned mask, T value, int source) {
   static_assert(sizeof(T) <= 8, "shuffles move at most eight bytes");

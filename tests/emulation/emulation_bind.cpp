@@ -29,6 +29,23 @@ void bind_emulation(py::module_& m) {
                                in.shape[0], planted::fault_of(fault));
       },
       py::arg("values"), py::arg("out"), py::arg("fault"));
+  m.def(
+      "planted_multiply",
+      [](py::handle a, py::handle b, py::handle out, bool transposed, const std::string& name) {
+        const TensorView left = view(a, "a", 3, {DType::f16, DType::bf16});
+        const TensorView right = view(b, "b", 3, {left.dtype});
+        const TensorView to = view(out, "out", 2, {DType::f32});
+        check_shape(left, "a", {2, 16, 16});
+        check_shape(right, "b", {2, 16, 16});
+        check_shape(to, "out", {16, 16});
+        const auto run = [&](auto type) {
+          using T = decltype(type);
+          planted::multiply(static_cast<const T*>(left.data), static_cast<const T*>(right.data),
+                            static_cast<float*>(to.data), transposed, planted::fault_of(name));
+        };
+        left.dtype == DType::f16 ? run(half{}) : run(bfloat16{});
+      },
+      py::arg("a"), py::arg("b"), py::arg("out"), py::arg("transposed"), py::arg("fault"));
 }
 
 }  // namespace pkt

@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "core/cuda/launch.cuh"
+#include <stdexcept>
+#include <utility>
+
+#include "core/cuda/load.cuh"
+#include "core/cuda/mma.cuh"
 #include "planted.h"
 
 namespace planted {
@@ -29,6 +33,54 @@ __global__ void reverse(const float* values, float* out, int64_t count, Fault fa
   if (i < used) out[base + i] = tile[size - 1 - i] + 0.0f * sum;
 }
 
+// Two warps, each with eight columns of out. A step is 16 rows of a and of b, one 16-byte copy a
+// thread; the steps take turns in two stages of shared memory.
+template <typename T>
+__global__ void product(const T* a, const T* b, float* out, bool transposed, Fault fault) {
+  constexpr int kSide = 16, kStage = 2 * kSide * kSide;
+  T* shared = pkt::cuda::shared_memory<T>();
+  const int thread = static_cast<int>(threadIdx.x);
+  const auto copy = [&](int step, int stage) {
+    const T* from = (thread < 32 ? a : b) + step * kSide * kSide + thread % 32 * 8;
+    pkt::cuda::copy_async_16(shared + stage * kStage + thread * 8, from, 16);
+    pkt::cuda::copy_async_commit();
+  };
+  copy(0, 0);
+  if (fault != Fault::early_copy) copy(1, 1);
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  float c[4] = {};
+  for (int step = 0; step < 2; ++step) {
+    if (step == 1) {
+      if (fault != Fault::abandoned_copy) pkt::cuda::copy_async_wait<0>();
+    } else if (fault == Fault::short_wait) {
+      pkt::cuda::copy_async_wait<2>();
+    } else if (fault == Fault::early_copy) {
+      pkt::cuda::copy_async_wait<0>();
+    } else if (fault != Fault::missing_wait) {
+      pkt::cuda::copy_async_wait<1>();
+    }
+    if (fault != Fault::missing_barrier) __syncthreads();
+    if (fault == Fault::early_copy && step == 0) copy(1, 0);  // over what is about to be read
+    const T* stage = shared + (fault == Fault::early_copy ? 0 : step) * kStage;
+    const int row = lane % 8, second = lane / 8 % 2 * 8, third = lane / 16 * 8;
+    uint32_t left[4], right[4];
+    if (transposed) {
+      pkt::cuda::ldmatrix_x4<true>(left, stage + (row + third) * kSide + second);
+    } else {
+      pkt::cuda::ldmatrix_x4<false>(left, stage + (row + second) * kSide + third);
+    }
+    if (fault == Fault::divergent_warp && lane == 5) __syncwarp();
+    if (fault == Fault::swapped_fragments) std::swap(left[1], left[2]);
+    pkt::cuda::ldmatrix_x4<true>(right, stage + kSide * kSide + (row + second) * kSide + third);
+    const uint32_t half[2] = {right[2 * warp], right[2 * warp + 1]};
+    pkt::cuda::mma_m16n8k16<T>(c, left, half);
+  }
+  for (int i = 0; i < 4; ++i) {
+    out[(lane / 4 + i / 2 * 8) * kSide + warp * 8 + lane % 4 * 2 + i % 2] += c[i];
+  }
+}
+
 }  // namespace
 
 Fault fault_of(const std::string& name) {
@@ -37,6 +89,12 @@ Fault fault_of(const std::string& name) {
   if (name == "tail_off_by_one") return Fault::tail_off_by_one;
   if (name == "out_of_range_read") return Fault::out_of_range_read;
   if (name == "partial_barrier") return Fault::partial_barrier;
+  if (name == "missing_wait") return Fault::missing_wait;
+  if (name == "short_wait") return Fault::short_wait;
+  if (name == "abandoned_copy") return Fault::abandoned_copy;
+  if (name == "early_copy") return Fault::early_copy;
+  if (name == "swapped_fragments") return Fault::swapped_fragments;
+  if (name == "divergent_warp") return Fault::divergent_warp;
   throw std::invalid_argument("unknown fault " + name);
 }
 
@@ -45,5 +103,13 @@ void reverse_tiles(const float* values, float* out, int64_t count, Fault fault) 
   pkt::cuda::launch(reverse, dim3(static_cast<unsigned>(pkt::cuda::ceil_div(count, kTile))),
                     dim3(kTile), kTile * sizeof(float), nullptr, values, out, count, fault);
 }
+
+template <typename T>
+void multiply(const T* a, const T* b, float* out, bool transposed, Fault fault) {
+  pkt::cuda::launch(product<T>, dim3(1), dim3(64), 4 * 256 * sizeof(T), nullptr, a, b, out,
+                    transposed, fault);
+}
+template void multiply(const pkt::half*, const pkt::half*, float*, bool, Fault);
+template void multiply(const pkt::bfloat16*, const pkt::bfloat16*, float*, bool, Fault);
 
 }  // namespace planted

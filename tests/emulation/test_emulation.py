@@ -54,6 +54,53 @@ def test_barrier_that_some_threads_skip_is_an_error(emulation, order):
         reverse(emulation, torch.arange(64.0), "partial_barrier")
 
 
+def multiply(module, fault, dtype=torch.float16, transposed=True):
+    """The planted tensor-core product, and what it should be; small integers, so both are exact."""
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randint(-8, 9, (2, 16, 16), generator=generator).to(dtype) for _ in range(2))
+    out = torch.ones(16, 16)
+    module.planted_multiply(a, b, out, transposed, fault)
+    return out, ((a.mT if transposed else a).float() @ b.float()).sum(0) + 1
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_correct_product_passes(emulation, order, dtype, transposed):
+    emulation.set_fiber_order(order, 7)
+    found, expected = multiply(emulation, "none", dtype, transposed)
+    assert found.equal(expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("fault", ["missing_wait", "short_wait", "missing_barrier", "early_copy"])
+def test_copy_read_too_early_fails(emulation, order, fault):
+    emulation.set_fiber_order(order, 7)
+    found, _ = multiply(emulation, fault)
+    assert found.isnan().any()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_copy_never_waited_for_is_an_error(emulation, order):
+    emulation.set_fiber_order(order, 7)
+    with pytest.raises(RuntimeError, match="copies it had not waited for"):
+        multiply(emulation, "abandoned_copy")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_wrong_fragment_fails(emulation, order):
+    emulation.set_fiber_order(order, 7)
+    found, expected = multiply(emulation, "swapped_fragments")
+    assert not found.isnan().any() and not found.equal(expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_lanes_in_different_operations_are_an_error(emulation, order):
+    emulation.set_fiber_order(order, 7)
+    with pytest.raises(RuntimeError, match="lanes of a warp are in different operations"):
+        multiply(emulation, "divergent_warp")
+
+
 def run_sanitized(fault: str) -> subprocess.CompletedProcess:
     """Runs the planted kernel under AddressSanitizer in a process of its own."""
     script = (
