@@ -302,6 +302,32 @@ def demo_command(
     demo.run(out, seeds, cache=cache, progress=console.progress())
 
 
+@app.command("bench")
+def bench_command(
+    stems: Annotated[
+        list[str] | None, typer.Argument(help="sensitivity, max_window, low_rank; none: all.")
+    ] = None,
+    device: Device = None,
+    size: Annotated[
+        str | None,
+        _option("--size", default="default", help="small, default (under 3 minutes) or full."),
+    ] = None,
+    json_file: Annotated[
+        Path | None, _option("--json", help="File for every figure, machine and versions.")
+    ] = None,
+    plot: Annotated[Path | None, _option("--plot", help="PNG file for the roofline.")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        _option("--compare", help="Two --json files, old and new: what moved. Measures nothing."),
+    ] = None,
+) -> None:
+    """Time the kernels against torch, the published way and this machine's limits."""
+    if compare is not None:
+        verbs.compare(*compare, {"stems": stems, "json": json_file, "plot": plot})
+    else:
+        verbs.bench(stems or [], device or "auto", size or "default", json_file, plot)
+
+
 @app.command("verify")
 def verify_command(folder: Annotated[Path, typer.Argument(help="An output of pkt.")]) -> None:
     """Compare an output, file by file, with the hashes of its manifest."""

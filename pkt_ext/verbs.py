@@ -88,6 +88,27 @@ def _check_dtype(name: str | None) -> str | None:
     return name
 
 
+def bench(stems: list[str], device: str, size: str, json: Path | None, plot: Path | None) -> None:
+    """`pkt bench`."""
+    from tqdm import tqdm
+
+    from pkt_ext.bench.run import run
+
+    # tqdm's write keeps a terminal's bar below the text
+    run(stems, device=device, size=size, json=json, plot=plot, progress=progress(), tell=tqdm.write)
+
+
+def compare(old: Path, new: Path, unused: dict) -> None:
+    """`pkt bench --compare`; `unused` are options that go with a run only."""
+    from pkt_ext.bench import report
+    from pkt_ext.bench.compare import compare as compare_documents
+
+    for name, value in unused.items():
+        if value:
+            raise InputError(f"--compare measures nothing: leave {name} out")
+    typer.echo(compare_documents(report.read(old), report.read(new)))
+
+
 # stage of a recipe -> (verb, folder below --out)
 STAGES = {
     "extract": (seeking, "init"),

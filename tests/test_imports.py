@@ -20,7 +20,7 @@ FLOORS = [
     {"streaming"},
     {"data", "adapter", "attached", "merge", "lora", "attribution"},
     {"methods", "finetune"},
-    {"demo", "demo_world"},
+    {"demo", "demo_world", "bench"},
     {"verbs"},
     {"cli"},
     {"__main__"},

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contests of lora_factors."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from pkt_ext.bench.contest import Contest, Contestant, Estimate, Verdict, Work, input_sets
+from pkt_ext.bench.data import Source
+from pkt_ext.ops import lora_factors
+
+_OFFSET = 517  # the column a window starts at: odd, as most are
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """lora_factors of a window [rows, cols] within rows of `stride` elements, `count` at once."""
+
+    name: str
+    rows: int
+    cols: int
+    rank: int
+    spectrum: str
+    stride: int = 0  # 0: the matrix by itself
+    count: int = 1
+    dtype: torch.dtype = torch.bfloat16
+    shrink: int = 2  # the published full SVD runs on sides so much shorter; 1: on the real ones
+
+    op = "lora_factors"
+
+    @property
+    def shape(self) -> str:
+        """The problem in words."""
+        batch = f"{self.count} x " if self.count > 1 else ""
+        view = ", a view" if self.stride else ""
+        return f"{batch}{self.rows}x{self.cols}, rank {self.rank}, {self.spectrum}{view}"
+
+    def work(self, passes: int, columns: int = 0) -> Work:
+        """`passes` products with `columns` columns (else the rank's), the matrix read in each."""
+        count = float(self.count * self.rows * self.cols) * passes
+        return Work(2.0 * count * (columns or self.rank), count * self.dtype.itemsize)
+
+    def contest(self, device: torch.device) -> Contest:
+        """Make the inputs and name the contestants."""
+
+        def make(seed):
+            source = Source(seed, device)
+            stride = self.stride or self.cols
+            first = _OFFSET if self.stride else 0
+            wide = source.normal(self.count, self.rows, stride).to(self.dtype)
+            matrix = wide[:, :, first : first + self.cols]
+            for one in matrix:
+                one.copy_(source.spectrum(self.rows, self.cols, self.spectrum))
+            return (matrix,)
+
+        sets = input_sets(make, device)
+        matrix = sets[0][0]
+        judge = _Judge(matrix[-1], self.rank)
+        passes = {}
+        for mode in ("converged", "fast"):
+            report = lora_factors(matrix, self.rank, mode=mode, return_report=True)[2]
+            passes[mode] = int(report.passes.double().mean())
+        contestants = [
+            Contestant(
+                f"ours{', fast' if mode == 'fast' else ''}",
+                "ours",
+                lambda m, mode=mode: lora_factors(m, self.rank, mode=mode),
+                judge.fast if mode == "fast" or self.spectrum == "flat" else judge.converged,
+                self.work(passes[mode]),
+            )
+            for mode in passes
+        ]
+        contestants += [self._published(device)]
+        for width, steps, least in ((self.rank, 2, 0.75), (self.rank + 8, 4, 0.85)):
+            contestants.append(
+                Contestant(
+                    f"svd_lowrank(q={width}, niter={steps})",
+                    "torch",
+                    lambda m, width=width, steps=steps: self._randomised(m, width, steps),
+                    lambda out, least=least: judge.energy(out, least),
+                    self.work(2 + 2 * steps, width),
+                )
+            )
+        contestants += self._arpack(judge) if device.type == "cpu" else []
+        wide = matrix if device.type == "cuda" else matrix.float()
+        columns = 16 * -(-self.rank // 16)
+        thin, tall = (
+            Source(1, device).normal(n, columns).to(wide.dtype) for n in (self.cols, self.rows)
+        )
+
+        def products(_):
+            for one in wide:
+                for _ in range(passes["converged"] // 2):
+                    torch.mm(one, thin)
+                    torch.mm(one.T, tall)
+
+        contestants.append(
+            Contestant(
+                "its products alone, by torch.mm",
+                "light",
+                products,
+                work=self.work(passes["converged"]),
+            )
+        )
+        return Contest(sets, contestants)
+
+    def _published(self, device: torch.device) -> Contestant:
+        """A full SVD with square factors; cubic growth takes it from a smaller matrix to all."""
+        rows, cols = self.rows // self.shrink, self.cols // self.shrink
+        small = Source(2, device).spectrum(rows, cols, self.spectrum)
+        rank = min(self.rank, rows, cols)
+
+        def call(*_):
+            start = time.perf_counter()
+            u, s, vh = torch.linalg.svd(small, full_matrices=True)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = (time.perf_counter() - start) * self.count * self.shrink**3
+            return Estimate(seconds, [(u[:, :rank] * s[:rank], vh[:rank])])
+
+        scaled = f", times {self.shrink**3}" if self.shrink > 1 else ""
+        several = f", times {self.count}" if self.count > 1 else ""
+        return Contestant(
+            "published: full SVD",
+            "published",
+            call,
+            lambda out: _Judge(small, rank).energy(out, 0.9999),
+            part=f"one of {rows}x{cols}{scaled}{several}",
+        )
+
+    def _randomised(self, matrix: torch.Tensor, width: int, steps: int) -> list[tuple]:
+        factors = []
+        for one in matrix:
+            left, sigma, right = torch.svd_lowrank(one.float(), width, steps)
+            factors.append((left[:, : self.rank] * sigma[: self.rank], right[:, : self.rank].T))
+        return factors
+
+    def _arpack(self, judge: _Judge) -> list[Contestant]:
+        try:
+            from scipy.sparse.linalg import svds
+        except ImportError:
+            return []
+
+        def call(matrix):
+            factors = []
+            for one in matrix:
+                left, sigma, right = svds(one.float().numpy(), k=self.rank)
+                factors.append((torch.from_numpy(left * sigma), torch.from_numpy(right)))
+            return factors
+
+        check = judge.fast if self.spectrum == "flat" else judge.converged
+        return [Contestant("ARPACK (scipy svds)", "other", call, check)]
+
+
+class _Judge:
+    """Compares factors with the leading singular triplets in float64 of one matrix."""
+
+    def __init__(self, matrix: torch.Tensor, rank: int):
+        self._matrix, self._rank = matrix, rank
+
+    @cached_property
+    def _truth(self) -> tuple[torch.Tensor, torch.Tensor]:
+        u, s, vh = leading_triplets(self._matrix, self._rank)
+        return u * s, vh
+
+    def converged(self, output) -> Verdict:
+        """The product is the best one to 1e-3."""
+        error, energy = self._measure(output)
+        return Verdict(error, 1e-3, f"{energy:.4f} of the energy, product off by {error:.0e}")
+
+    def fast(self, output) -> Verdict:
+        """The factors capture 0.997 of the energy that rank r can."""
+        return self.energy(output, 0.997)
+
+    def energy(self, output, least: float) -> Verdict:
+        """The factors capture at least this share of the energy that rank r can."""
+        error, energy = self._measure(output)
+        note = f"{energy:.4f} of the energy, product off by {error:.0e}"
+        return Verdict(1.0 - energy, 1.0 - least, note)
+
+    def _measure(self, output) -> tuple[float, float]:
+        """(relative error of the product, its share of the energy one can capture)."""
+        if isinstance(output, tuple):  # B [count, M, R], A [count, R, N]
+            output = list(zip(*output, strict=True))
+        b, a = (factor.double() for factor in output[-1])
+        best_b, best_a = self._truth
+        optimal = _inner(best_b, best_a, best_b, best_a)
+        norm = _inner(b, a, b, a)
+        apart = norm + optimal - 2.0 * _inner(b, a, best_b, best_a)
+        captured = 0.0
+        for start in range(0, len(self._matrix), 1024):
+            rows = self._matrix[start : start + 1024].double()
+            captured += float(((rows @ a.T) * b[start : start + 1024]).sum())
+        return (max(apart, 0.0) / optimal) ** 0.5, captured**2 / norm / optimal
+
+
+def _inner(b, a, d, c) -> float:
+    """<b a, d c> without forming either product."""
+    return float(((b.T @ d) * (a @ c.T)).sum())
+
+
+def leading_triplets(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
+    """(U [M, R], S [R], Vh [R, N]) in float64, by block Krylov iteration until they stand still.
+
+    Plain on purpose: every basis vector is kept and orthogonalised by Householder QR. Up to 512 on
+    the shorter side it is the full SVD. A spectrum on which 1536 vectors do not suffice has no
+    product to agree on, but its energy is known by then.
+    """
+    wide = matrix.double()
+    if min(wide.shape) <= 512:
+        u, s, vh = torch.linalg.svd(wide, full_matrices=False)
+        return u[:, :rank], s[:rank], vh[:rank]
+    generator = torch.Generator(wide.device).manual_seed(7)
+    block = torch.randn(
+        wide.shape[1], rank + 32, generator=generator, dtype=wide.dtype, device=wide.device
+    )
+    basis = torch.linalg.qr(block).Q
+    image = wide @ basis
+    before = None
+    while basis.shape[1] < min(*wide.shape, 1536):
+        block = wide.T @ image[:, -block.shape[1] :]
+        for _ in range(2):
+            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+        basis = torch.cat([basis, block], 1)
+        image = torch.cat([image, wide @ block], 1)
+        values, vectors = torch.linalg.eigh(image.T @ image)
+        turned = vectors.flip(1)[:, :rank]
+        s = values.flip(0)[:rank].clamp(min=0).sqrt()
+        u, v = image @ turned / s, basis @ turned
+        if before is not None:
+            moved = _inner(*before, *before) + _inner(u * s, v.T, u * s, v.T)
+            moved -= 2.0 * _inner(*before, u * s, v.T)
+            if moved <= 1e-12 * float(s.square().sum()):
+                break
+        before = (u * s, v.T)
+    return u, s, v.T

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run as a document (what --json holds) and as text."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from pkt_ext.bench.ceilings import binding
+from pkt_ext.bench.contest import Result
+from pkt_ext.errors import InputError
+
+FORMAT = 1  # of the JSON document; a reader refuses others
+
+
+def case_entry(stem: str, case, sets: int, results: list[Result], ceilings: dict) -> dict:
+    """A case's part of the document; each of ours with its ratios to the others.
+
+    A ratio is the other's median time over ours: `published`, `torch` (the fastest composition of
+    torch operations), `light` (the plain product or copy).
+    """
+    dtype = str(case.dtype).removeprefix("torch.")
+    entries = []
+    for result in results:
+        entry = dataclasses.asdict(result)
+        if result.seconds and result.flops is not None:
+            least, bound = binding(result.flops, result.bytes, ceilings, dtype)
+            entry |= {"of_ceiling": least / result.quantiles["0.5"], "bound": bound}
+        entries.append(entry)
+    medians = {}
+    for entry in entries:
+        if entry["seconds"]:
+            medians.setdefault(entry["role"], []).append(entry["quantiles"]["0.5"])
+    for entry in entries:
+        if entry["role"] == "ours" and entry["seconds"]:
+            entry["ratios"] = {
+                role: min(medians[role]) / entry["quantiles"]["0.5"]
+                for role in ("published", "torch", "light")
+                if role in medians
+            }
+    return {
+        "stem": stem,
+        "op": case.op,
+        "name": case.name,
+        "shape": case.shape,
+        "dtype": dtype,
+        "input_sets": sets,
+        "contestants": entries,
+    }
+
+
+def write(path: Path, document: dict) -> None:
+    """Write the document as JSON, complete or not at all."""
+    staged = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(staged, "w", encoding="utf-8") as file:
+            json.dump(document, file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict:
+    """A document that `write` made.
+
+    Raises:
+        InputError: no such file, not JSON, or not of a run of `pkt bench`.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise InputError(f"{path} was not written by `pkt bench --json` of this version")
+    return document
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+def header(document: dict) -> str:
+    """Machine, versions and ceilings."""
+    machine, versions = document["machine"], document["versions"]
+    memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
+    lines = [f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {memory}"]
+    if machine["gpu"]:
+        lines.append(f"{machine['gpu']}, {machine['gpu_memory_bytes'] / 2**30:.0f} GiB")
+    named = {name: value for name, value in versions.items() if value and name != "platform"}
+    lines.append(", ".join(f"{name} {value}" for name, value in named.items()))
+    for name, ceiling in document["ceilings"].items():
+        job = "copy" if name == "copy" else f"matmul {name}"
+        spread = _spread(ceiling["quantiles"], ceiling["seconds"])
+        lines.append(f"ceiling, {job}: {rate(ceiling['per_second'], ceiling['unit'])} ({spread})")
+    return "\n".join(lines)
+
+
+def case_text(case: dict) -> str:
+    """One case: a line a contestant, and what ours is relative to them."""
+    lines = [f"\n{case['op']}  {case['name']}: {case['shape']}, {case['dtype']}"]
+    lines.append(
+        f"  {'':34} {'median':>9}  {'10 to 90 %':<22} {'samples':>7} {'of ceiling':>12} "
+        f"{'peak memory':>11}"
+    )
+    for entry in case["contestants"]:
+        if entry["failed"]:
+            lines.append(f"  {entry['name']:34} {entry['failed']}")
+            continue
+        share = f"{entry['of_ceiling']:.0%} {entry['bound']}" if "bound" in entry else ""
+        repeats = f"x{entry['repeats']}" if entry["repeats"] > 1 else ""
+        lines.append(
+            f"  {entry['name']:34} {seconds(entry['quantiles']['0.5']):>9}  "
+            f"{_spread(entry['quantiles'], entry['seconds']):<22} "
+            f"{str(len(entry['seconds'])) + repeats:>7} {share:>12} {size(entry['peak_bytes']):>11}"
+        )
+        notes = "; ".join(filter(None, (entry["part"], entry["note"])))
+        if notes:
+            lines.append(f"      {notes}")
+    for entry in case["contestants"]:
+        if "ratios" in entry:
+            lines.append(f"  {entry['name']}: {_ratios(entry, case)}")
+    return "\n".join(lines)
+
+
+def _ratios(entry: dict, case: dict) -> str:
+    """Side by side, in words."""
+    ratios, parts = entry["ratios"], []
+    if "published" in ratios:
+        parts.append(f"{times(ratios['published'])} as fast as published")
+    if "torch" in ratios:
+        parts.append(f"{times(ratios['torch'])} as fast as the best torch")
+    if "light" in ratios:
+        light = next(e["name"] for e in case["contestants"] if e["role"] == "light")
+        parts.append(f"{times(1 / ratios['light'])} the time of {light}")
+    return ", ".join(parts)
+
+
+def summary(document: dict) -> str:
+    """A table: one line for each of ours."""
+    lines = [
+        f"\n{'':16} {'ours against ...':44} {'median':>9} {'of ceiling':>12} {'published':>10} "
+        f"{'torch':>8} {'light':>8} {'peak':>8}"
+    ]
+    for case in document["cases"]:
+        for entry in case["contestants"]:
+            if "ratios" not in entry:
+                continue
+            mode = entry["name"].removeprefix("ours")
+            ratios = [
+                times(entry["ratios"][role]) if role in entry["ratios"] else "-"
+                for role in ("published", "torch", "light")
+            ]
+            share = f"{entry['of_ceiling']:.0%} {entry['bound']}" if "bound" in entry else "-"
+            op = case["op"].removesuffix("_sensitivity_")
+            lines.append(
+                f"{op:16} {case['name'] + mode:44} {seconds(entry['quantiles']['0.5']):>9} "
+                f"{share:>12} {ratios[0]:>10} {ratios[1]:>8} {ratios[2]:>8} "
+                f"{size(entry['peak_bytes']):>8}"
+            )
+    lines.append(
+        "published, torch, light: how many times longer (below 1: shorter) the published way, the "
+        "best\ncomposition of torch operations and the plain product or copy of the same size take"
+    )
+    return "\n".join(lines)
+
+
+def spread(quantiles: dict, samples: list[float]) -> tuple[float, float] | None:
+    """Where another run's median is to be expected; None for a single sample.
+
+    The 10 % and 90 % quantiles; the extremes of fewer than five samples.
+    """
+    if len(samples) < 2:
+        return None
+    low, high = ("0.1", "0.9") if len(samples) >= 5 else ("0", "1")
+    return quantiles[low], quantiles[high]
+
+
+def _spread(quantiles: dict, samples: list[float]) -> str:
+    found = spread(quantiles, samples)
+    return f"{seconds(found[0])} to {seconds(found[1])}" if found else "one sample"
+
+
+def _scaled(value: float, step: int, units: list[str]) -> str:
+    """Three digits and a unit."""
+    place = 0
+    while abs(value) >= step * 0.9995 and place < len(units) - 1:
+        value, place = value / step, place + 1
+    digits = 0 if abs(value) >= 99.95 else 1 if abs(value) >= 9.995 else 2
+    return f"{value:.{digits}f} {units[place]}"
+
+
+def seconds(value: float) -> str:
+    """26.9 ms"""
+    return _scaled(value * 1e6, 1000, ["us", "ms", "s"])
+
+
+def size(value: int | None) -> str:
+    """5.28 MB"""
+    return (
+        "-"
+        if value is None
+        else "0"
+        if value == 0
+        else _scaled(value, 1000, ["B", "kB", "MB", "GB"])
+    )
+
+
+def rate(per_second: float, unit: str) -> str:
+    """18.2 GB/s, 90.1 GFLOP/s"""
+    name = "B/s" if unit == "bytes" else "FLOP/s"
+    return _scaled(per_second / 1e6, 1000, [f"M{name}", f"G{name}", f"T{name}", f"P{name}"])
+
+
+def times(ratio: float) -> str:
+    """12.3x"""
+    return f"{ratio:.0f}x" if ratio >= 20 else f"{ratio:.1f}x" if ratio >= 1.95 else f"{ratio:.2f}x"
