@@ -1,85 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every benchmark shares: contestants timed in turn in one process, ratios printed at the end.
+"""The cases of `pkt bench` under pytest-benchmark, one test a case.
 
-pytest benchmarks                 # the smallest case of each, as CI runs them
+pytest benchmarks                 # tiny cases, as CI runs them
 pytest benchmarks --size full     # real shapes
 pytest benchmarks --size full --benchmark-json out.json
 """
 
-import statistics
-import time
-from collections.abc import Callable
-
 import pytest
 import torch
 
-_rows: list[str] = []
+from pkt_ext.bench import cases, ceilings, contest, report
+from pkt_ext.settings import find_device
+
+_texts: list[str] = []
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--size", choices=["small", "full"], default="small", help="shapes to benchmark"
-    )
+    parser.addoption("--size", choices=cases.SIZES, default="small", help="shapes to benchmark")
 
 
 def pytest_generate_tests(metafunc):
-    """A benchmark's `case` comes from its module's CASES: the first alone in a small run."""
+    """A benchmark's `case` comes from the list of its module's STEM."""
     if "case" in metafunc.fixturenames:
-        cases = metafunc.module.CASES
-        if metafunc.config.getoption("size") == "small":
-            cases = dict([next(iter(cases.items()))])
-        metafunc.parametrize("case", list(cases.values()), ids=list(cases))
+        size, device = metafunc.config.getoption("size"), find_device("auto").type
+        found = [case for _, case in cases.select([metafunc.module.STEM], device, size)]
+        metafunc.parametrize("case", found, ids=[f"{case.op}: {case.name}" for case in found])
 
 
-def seconds_of(call: Callable[[], object]) -> float:
-    """Wall seconds of one call, with the GPU's queue drained on both sides."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+@pytest.fixture(scope="session")
+def device():
+    return find_device("auto")
+
+
+@pytest.fixture(scope="session")
+def limits(request, device):
+    """This machine's ceilings, measured once."""
+    size = request.config.getoption("size")
+    dtypes = {case.arithmetic(device.type) for _, case in cases.select([], device.type, size)}
+    return ceilings.measure(device, dtypes, 0.5 if size == "small" else 4.0)
 
 
 @pytest.fixture
-def contest(benchmark, request):
-    """contest(ours, others, seconds, rounds): times `ours` and each of `others` in turn, prints and
-    records the medians and their ratios to ours. `seconds` are contestants already timed (a part of
-    a slow one, scaled): name -> seconds. Verify results before calling it."""
+def measure(benchmark, request, device, limits):
+    """measure(case): verify all contestants, race them, hand ours to pytest-benchmark as well."""
 
-    def run(
-        ours: Callable[[], object],
-        others: dict[str, Callable[[], object]],
-        seconds: dict[str, float] | None = None,
-        rounds: int = 7,
-    ) -> dict[str, float]:
+    def run(case) -> None:
         small = request.config.getoption("size") == "small"
-        rounds = 1 if small else rounds
-        contestants = {"ours": ours, **others}
-        for call in contestants.values():
-            call()  # warm up
-        times: dict[str, list[float]] = {name: [] for name in contestants}
-        for _ in range(rounds):
-            for name, call in contestants.items():
-                times[name].append(seconds_of(call))
-        medians = {name: statistics.median(values) for name, values in times.items()}
-        medians |= seconds or {}
-        ratios = {name: value / medians["ours"] for name, value in medians.items()}
-        spread = (max(times["ours"]) - min(times["ours"])) / medians["ours"]
-        benchmark.extra_info.update(seconds=medians, ratios=ratios, spread=spread)
-        benchmark.pedantic(ours, rounds=rounds)
-        parts = [f"{name} {medians[name] * 1e3:.2f} ms ({ratios[name]:.1f}x)" for name in ratios]
-        _rows.append(f"{request.node.name}: {', '.join(parts)}; spread {spread:.0%}")
-        return ratios
+        made = case.contest(device)
+        results = contest.hold(made, device, 0.2 if small else 15.0)
+        stem = request.module.STEM
+        entry = report.case_entry(stem, case, device.type, len(made.sets), results, limits)
+        benchmark.extra_info.update(entry)
+        _texts.append(report.case_text(entry))
+        ours = made.contestants[0]
+        benchmark.pedantic(ours.call, args=made.sets[0], rounds=1 if small else 7)
 
     return run
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter):
-    if _rows:
-        threads = torch.get_num_threads()
-        terminalreporter.section(f"medians and ratios to ours, {threads} threads")
-        for row in _rows:
-            terminalreporter.write_line(row)
+    if _texts:
+        terminalreporter.section(f"contests, {torch.get_num_threads()} threads")
+        terminalreporter.write_line("\n".join(_texts))

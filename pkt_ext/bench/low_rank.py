@@ -39,10 +39,19 @@ class LowRank:
         view = ", a view" if self.stride else ""
         return f"{batch}{self.rows}x{self.cols}, rank {self.rank}, {self.spectrum}{view}"
 
-    def work(self, passes: int, columns: int = 0) -> Work:
-        """`passes` products with `columns` columns (else the rank's), the matrix read in each."""
+    def arithmetic(self, device_type: str) -> torch.dtype:
+        """What products are computed in: float32 on a CPU, slices of 16 bits on a GPU."""
+        return torch.float32 if device_type == "cpu" else self.dtype
+
+    def work(self, passes: int, device_type: str = "cpu", columns: int = 0) -> Work:
+        """`passes` products with `columns` columns (else the rank's), the matrix read in each.
+
+        16-bit arithmetic needs three slices of the thin factor to be as exact as float32's.
+        """
         count = float(self.count * self.rows * self.cols) * passes
-        return Work(2.0 * count * (columns or self.rank), count * self.dtype.itemsize)
+        slices = 3 if self.arithmetic(device_type).itemsize == 2 else 1
+        flops = 2.0 * count * (columns or self.rank) * slices
+        return Work(flops, count * self.dtype.itemsize)
 
     def contest(self, device: torch.device) -> Contest:
         """Make the inputs and name the contestants."""
@@ -70,7 +79,7 @@ class LowRank:
                 "ours",
                 lambda m, mode=mode: lora_factors(m, self.rank, mode=mode),
                 judge.fast if mode == "fast" or self.spectrum == "flat" else judge.converged,
-                self.work(passes[mode]),
+                self.work(passes[mode], device.type),
             )
             for mode in passes
         ]
@@ -82,7 +91,7 @@ class LowRank:
                     "torch",
                     lambda m, width=width, steps=steps: self._randomised(m, width, steps),
                     lambda out, least=least: judge.energy(out, least),
-                    self.work(2 + 2 * steps, width),
+                    self.work(2 + 2 * steps, device.type, width),
                 )
             )
         contestants += self._arpack(judge) if device.type == "cpu" else []
@@ -103,7 +112,7 @@ class LowRank:
                 "its products alone, by torch.mm",
                 "light",
                 products,
-                work=self.work(passes["converged"]),
+                work=self.work(passes["converged"], device.type),
             )
         )
         return Contest(sets, contestants)

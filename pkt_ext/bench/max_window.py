@@ -38,6 +38,10 @@ class Window:
         """Where a window can start."""
         return (self.rows - self.height + 1) * (self.cols - self.width + 1)
 
+    def arithmetic(self, device_type: str) -> torch.dtype:
+        """What the ceiling of matrix products is taken in."""
+        return self.dtype
+
     def work(self) -> Work:
         """The score read once; each element added once, two sums a position to slide there."""
         count = self.rows * self.cols

@@ -15,18 +15,20 @@ from pkt_ext.errors import InputError
 FORMAT = 1  # of the JSON document; a reader refuses others
 
 
-def case_entry(stem: str, case, sets: int, results: list[Result], ceilings: dict) -> dict:
+def case_entry(
+    stem: str, case, device_type: str, sets: int, results: list[Result], ceilings: dict
+) -> dict:
     """A case's part of the document; each of ours with its ratios to the others.
 
     A ratio is the other's median time over ours: `published`, `torch` (the fastest composition of
     torch operations), `light` (the plain product or copy).
     """
-    dtype = str(case.dtype).removeprefix("torch.")
+    arithmetic = str(case.arithmetic(device_type)).removeprefix("torch.")
     entries = []
     for result in results:
         entry = dataclasses.asdict(result)
         if result.seconds and result.flops is not None:
-            least, bound = binding(result.flops, result.bytes, ceilings, dtype)
+            least, bound = binding(result.flops, result.bytes, ceilings, arithmetic)
             entry |= {"of_ceiling": least / result.quantiles["0.5"], "bound": bound}
         entries.append(entry)
     medians = {}
@@ -45,7 +47,8 @@ def case_entry(stem: str, case, sets: int, results: list[Result], ceilings: dict
         "op": case.op,
         "name": case.name,
         "shape": case.shape,
-        "dtype": dtype,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "arithmetic": arithmetic,
         "input_sets": sets,
         "contestants": entries,
     }
@@ -218,5 +221,6 @@ def rate(per_second: float, unit: str) -> str:
 
 
 def times(ratio: float) -> str:
-    """12.3x"""
-    return f"{ratio:.0f}x" if ratio >= 20 else f"{ratio:.1f}x" if ratio >= 1.95 else f"{ratio:.2f}x"
+    """1283x, 12.3x, 0.91x, 0.012x"""
+    digits = 0 if ratio >= 20 else 1 if ratio >= 1.95 else 2 if ratio >= 0.095 else 3
+    return f"{ratio:.{digits}f}x"

@@ -60,7 +60,7 @@ def run(
     document["settings"] = {"device": where.type, "size": size}
     document |= {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     document["load"] = os.getloadavg()[0]
-    dtypes = {case.dtype for _, case in selected}
+    dtypes = {case.arithmetic(where.type) for _, case in selected}
     document["ceilings"] = ceilings.measure(where, dtypes, min(4.0, 5 * _EACH[size]))
     tell(report.header(document))
     if document["load"] > 0.7 * document["machine"]["cores"]:
@@ -97,7 +97,7 @@ def _measure(stem: str, case, device: torch.device, seconds: float, limits: dict
         results = contest.hold(made, device, seconds)
     except contest.VerificationError as error:
         raise contest.VerificationError(f"{case.op} {case.name}: {error}") from error
-    return report.case_entry(stem, case, len(made.sets), results, limits)
+    return report.case_entry(stem, case, device.type, len(made.sets), results, limits)
 
 
 def _check_writable(path: Path) -> None:

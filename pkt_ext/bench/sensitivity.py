@@ -40,6 +40,10 @@ class Elementwise:
         """The problem in words."""
         return f"{self.rows}x{self.cols}{', sums only' * self.sums}"
 
+    def arithmetic(self, device_type: str) -> torch.dtype:
+        """What the ceiling of matrix products is taken in."""
+        return self.dtype
+
     def work(self) -> Work:
         """Weight and gradient read, the float32 score read and written; a product and a sum."""
         count = self.rows * self.cols
@@ -115,6 +119,10 @@ class Linear:
         tokens = str(few[0]) if len(few) == 1 else f"{few[0]} to {few[-1]}"
         samples = f"{len(self.lengths)} samples of {tokens} tokens"
         return f"{self.rows}x{self.cols}, {samples}{', sums only' * self.sums}"
+
+    def arithmetic(self, device_type: str) -> torch.dtype:
+        """What the ceiling of matrix products is taken in."""
+        return self.dtype
 
     def work(self) -> Work:
         """A multiply-add per weight and token; every operand and the score moved once."""
