@@ -80,6 +80,19 @@ void ldmatrix(void* const* lanes) {
 }  // namespace twin
 #endif
 
+// Whether the current device can run what is below.
+inline bool has_tensor_cores() {
+#if defined(PKT_EXT_EMULATED)
+  return true;
+#else
+  int device = 0, major = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+        "cudaDeviceGetAttribute");
+  return major >= 8;
+#endif
+}
+
 // c += A B. T is half or bfloat16.
 template <typename T>
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4],
