@@ -1,99 +1,167 @@
 // SPDX-License-Identifier: Apache-2.0
 // score += |weight * grad| on the GPU.
 //
-// add_products: eight elements a thread, 16-byte loads. Bound: 8 bytes of score and the operands.
-// add_products_strided: 32 x 32 elements a block, so that a transposed operand's lines stay in L1.
+// add_flat: all is contiguous, and of the sums at most the total is asked for. A thread has two
+// runs
+//   of eight elements, all their 16-byte loads in flight at once.
+// add_tiles: everything else. A block has 64 x 128 elements, a thread four runs of four in each
+// strip: a
+//   transposed operand's lines stay in the L1 until the rows that share them have used them.
+// Bound: memory, 8 bytes of score and the operands an element. One launch a tensor: a table of
+// tensors would save nothing at the sizes where the time goes.
 #include <cmath>
 
-#include "core/cuda/launch.cuh"
-#include "sensitivity/sums.h"
+#include "sensitivity/epilogue.cuh"
 
 namespace pkt {
 namespace {
 
-using cuda::ceil_div;
+constexpr int kThreads = 256;
+constexpr int kRuns = 2;                     // of eight elements, in a thread of add_flat
+constexpr int kFlat = kThreads * 8 * kRuns;  // elements of a block
+constexpr int kTileCols = 2 * kSumBlock;
 
-// Eight consecutive elements, moved by 16-byte loads.
 template <typename T>
 struct __align__(16) Eight {
   T values[8];
 };
 
-__device__ __forceinline__ float load_as_float(const void* data, DType dtype, int64_t i) {
-  if (dtype == DType::f32) return static_cast<const float*>(data)[i];
-  if (dtype == DType::f16) return to_float(static_cast<const half*>(data)[i]);
-  return to_float(static_cast<const bfloat16*>(data)[i]);
-}
-
-constexpr int kThreads = 256;
-
 template <typename W, typename G>
 __global__ void __launch_bounds__(kThreads)
-    add_products(float* score, const W* weight, const G* grad, int64_t count) {
-  const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * 8;
-  if (first + 8 <= count) {
-    const auto w = *reinterpret_cast<const Eight<W>*>(weight + first);
-    const auto g = *reinterpret_cast<const Eight<G>*>(grad + first);
-    auto s = *reinterpret_cast<Eight<float>*>(score + first);
-    for (int i = 0; i < 8; ++i) s.values[i] += fabsf(to_float(w.values[i]) * to_float(g.values[i]));
-    *reinterpret_cast<Eight<float>*>(score + first) = s;
-  } else {
-    for (int64_t i = first; i < count; ++i) {
-      score[i] += fabsf(to_float(weight[i]) * to_float(grad[i]));
+    add_flat(Outputs out, const W* weight, const G* grad, int64_t count) {
+  const int64_t first = int64_t{blockIdx.x} * kFlat + threadIdx.x * 8;
+  Eight<W> w[kRuns] = {};
+  Eight<G> g[kRuns] = {};
+  Eight<float> s[kRuns] = {};
+#pragma unroll
+  for (int n = 0; n < kRuns; ++n) {
+    const int64_t at = first + n * kThreads * 8;
+    if (at + 8 <= count) {
+      w[n] = *reinterpret_cast<const Eight<W>*>(weight + at);
+      g[n] = *reinterpret_cast<const Eight<G>*>(grad + at);
+      if (out.score) s[n] = *reinterpret_cast<const Eight<float>*>(out.score + at);
+    } else {
+      for (int i = 0; i < 8; ++i) {
+        if (at + i >= count) continue;
+        w[n].values[i] = weight[at + i];
+        g[n].values[i] = grad[at + i];
+        if (out.score) s[n].values[i] = out.score[at + i];
+      }
     }
   }
+  bool special = false;
+  double total = 0.0;
+#pragma unroll
+  for (int n = 0; n < kRuns; ++n) {
+    const int64_t at = first + n * kThreads * 8;
+    for (int i = 0; i < 8; ++i) {
+      const float c = fabsf(to_float(w[n].values[i]) * to_float(g[n].values[i]));
+      s[n].values[i] += c;
+      special |= is_special(s[n].values[i]);
+      if (out.sums.total) total += static_cast<double>(c);
+    }
+    if (!out.score) continue;
+    if (at + 8 <= count) {
+      *reinterpret_cast<Eight<float>*>(out.score + at) = s[n];
+    } else {
+      for (int i = 0; i < 8; ++i) {
+        if (at + i < count) out.score[at + i] = s[n].values[i];
+      }
+    }
+  }
+  if (special && out.sums.nonfinite) *out.sums.nonfinite = 1;
+  if (!out.sums.total) return;
+  double* warps = cuda::shared_memory<double>();
+  for (int apart = 16; apart > 0; apart /= 2) total += __shfl_xor_sync(0xffffffffu, total, apart);
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  for (int warp = 1; warp < kThreads / 32; ++warp) total += warps[warp];
+  out.slots.totals[blockIdx.x] = total;
 }
 
-constexpr int kSquare = 32;
+using Sums = TileSums<kTileCols, kThreads, kSumBlock>;
 
-__global__ void __launch_bounds__(kThreads) add_products_strided(AccumulateSensitivityParams p) {
-  const int64_t across = ceil_div(p.cols, kSquare);
-  const int64_t col = blockIdx.x % across * kSquare + threadIdx.x % kSquare;
-  const int64_t top = blockIdx.x / across * kSquare;
-  if (col >= p.cols) return;
-  for (int i = threadIdx.x / kSquare; i < kSquare; i += kThreads / kSquare) {
-    const int64_t row = top + i;
-    if (row >= p.rows) return;
-    const float weight = load_as_float(p.weight, p.weight_dtype,
-                                       row * p.weight_row_stride + col * p.weight_col_stride);
-    const float grad =
-        load_as_float(p.grad, p.grad_dtype, row * p.grad_row_stride + col * p.grad_col_stride);
-    p.score[row * p.cols + col] += fabsf(weight * grad);
+template <typename W, typename G>
+struct Products {
+  const Outputs& out;
+  const Matrix& weight;
+  const Matrix& grad;
+
+  __device__ __forceinline__ bool wide() const { return weight.wide && grad.wide; }
+
+  template <bool kRagged, int kCount>
+  __device__ __forceinline__ void contributions(float (&c)[kCount][4], int64_t row,
+                                                int64_t col) const {
+    float g[kCount][4];
+    load_steps<W, Sums::kGroups, kRagged>(c, weight, row, col, out.rows, out.cols);
+    load_steps<G, Sums::kGroups, kRagged>(g, grad, row, col, out.rows, out.cols);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      for (int k = 0; k < 4; ++k) c[n][k] = fabsf(c[n][k] * g[n][k]);
+    }
   }
+};
+
+template <typename W, typename G>
+__global__ void __launch_bounds__(kThreads) add_tiles(Outputs out, Matrix weight, Matrix grad) {
+  const int64_t across = cuda::ceil_div(out.cols, kTileCols);
+  const int64_t tile_row = blockIdx.x / across, tile_col = blockIdx.x % across;
+  Sums sums{out, cuda::shared_memory<double>(), static_cast<int>(threadIdx.x)};
+  sums.add(tile_row * kSumBlock, tile_col * kTileCols, tile_col, Products<W, G>{out, weight, grad},
+           [] { __syncthreads(); });
+  sums.finish();
+}
+
+bool is_flat(const AccumulateSensitivityParams& p) {
+  const auto plain = [&p](const void* data, int64_t row_stride, int64_t col_stride) {
+    return (col_stride == 1 || p.cols == 1) && (row_stride == p.cols || p.rows == 1) &&
+           reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  };
+  return !p.sums.rows && !p.sums.cols && !p.sums.blocks &&
+         plain(p.weight, p.weight_row_stride, p.weight_col_stride) &&
+         plain(p.grad, p.grad_row_stride, p.grad_col_stride) && plain(p.score, p.cols, 1);
+}
+
+Outputs outputs_of(const AccumulateSensitivityParams& p) {
+  Outputs out(p.score, p.rows, p.cols, p.sums, kTileCols, p.workspace);
+  if (is_flat(p)) {
+    out.slots =
+        SumSlots(p.sums, p.rows, p.cols, 0, 0, cuda::ceil_div(p.rows * p.cols, kFlat), p.workspace);
+  }
+  return out;
+}
+
+template <typename W, typename G>
+void launch_all(const AccumulateSensitivityParams& p, cudaStream_t stream) {
+  const Outputs out = outputs_of(p);
+  if (is_flat(p)) {
+    const int64_t count = p.rows * p.cols;
+    cuda::launch(add_flat<W, G>, dim3(static_cast<unsigned>(cuda::ceil_div(count, kFlat))),
+                 dim3(kThreads), kThreads / 32 * sizeof(double), stream, out,
+                 static_cast<const W*>(p.weight), static_cast<const G*>(p.grad), count);
+  } else {
+    const int64_t tiles = cuda::ceil_div(p.rows, kSumBlock) * cuda::ceil_div(p.cols, kTileCols);
+    cuda::launch(add_tiles<W, G>, dim3(static_cast<unsigned>(tiles)), dim3(kThreads), Sums::kShared,
+                 stream, out,
+                 Matrix(p.weight, p.weight_dtype, p.weight_row_stride, p.weight_col_stride),
+                 Matrix(p.grad, p.grad_dtype, p.grad_row_stride, p.grad_col_stride));
+  }
+  add_slots_cuda(out, stream);
 }
 
 }  // namespace
 
 int64_t accumulate_sensitivity_workspace_cuda(const AccumulateSensitivityParams& p) {
-  return 0;
+  return outputs_of(p).slots.bytes;
 }
 
 void accumulate_sensitivity_cuda(const AccumulateSensitivityParams& p, void* stream) {
-  if (!p.score || p.sums.any_sum() || p.sums.nonfinite) {
-    throw std::logic_error("sensitivity: sums are not formed on CUDA yet");
-  }
-  const auto on = static_cast<cudaStream_t>(stream);
-  const auto plain = [&p](const void* data, int64_t row_stride, int64_t col_stride) {
-    return (col_stride == 1 || p.cols == 1) && (row_stride == p.cols || p.rows == 1) &&
-           reinterpret_cast<uintptr_t>(data) % 16 == 0;
-  };
-  if (plain(p.weight, p.weight_row_stride, p.weight_col_stride) &&
-      plain(p.grad, p.grad_row_stride, p.grad_col_stride) && plain(p.score, p.cols, 1)) {
-    const int64_t count = p.rows * p.cols;
-    const dim3 grid(static_cast<unsigned>(ceil_div(count, kThreads * 8)));
-    with_float_type(p.weight_dtype, [&](auto weight) {
-      with_float_type(p.grad_dtype, [&](auto grad) {
-        using W = decltype(weight);
-        using G = decltype(grad);
-        cuda::launch(add_products<W, G>, grid, dim3(kThreads), 0, on, p.score,
-                     static_cast<const W*>(p.weight), static_cast<const G*>(p.grad), count);
-      });
+  with_float_type(p.weight_dtype, [&](auto weight) {
+    with_float_type(p.grad_dtype, [&](auto grad) {
+      launch_all<decltype(weight), decltype(grad)>(p, static_cast<cudaStream_t>(stream));
     });
-  } else {
-    const int64_t blocks = ceil_div(p.rows, kSquare) * ceil_div(p.cols, kSquare);
-    cuda::launch(add_products_strided, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, on,
-                 p);
-  }
+  });
 }
 
 }  // namespace pkt

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Chooses the kernel of linear_sensitivity on the GPU.
-#include "core/cuda/launch.cuh"
+#include "sensitivity/epilogue.cuh"
 #include "sensitivity/linear_cuda.h"
 
 namespace pkt {
@@ -9,15 +9,10 @@ using cuda::ceil_div;
 
 int64_t linear_sensitivity_workspace_cuda(const LinearSensitivityParams& p) {
   // of the smallest tile; the others need less
-  return SumSlots(p.sums, p.out_features, p.in_features, ceil_div(p.in_features, kSumBlock),
-                  ceil_div(p.out_features, kSumBlock), nullptr)
-      .bytes;
+  return Outputs(p.score, p.out_features, p.in_features, p.sums, kSumBlock, nullptr).slots.bytes;
 }
 
 void linear_sensitivity_cuda(const LinearSensitivityParams& p, void* stream) {
-  if (!p.score || p.sums.any_sum() || p.sums.nonfinite) {
-    throw std::logic_error("sensitivity: sums are not formed on CUDA yet");
-  }
   // Large tiles read less; small ones leave fewer multiprocessors idle. A fixed number rather than
   // the device's count decides, four tiles for each of 64.
   const int64_t large = ceil_div(p.in_features, 128) * ceil_div(p.out_features, 128);

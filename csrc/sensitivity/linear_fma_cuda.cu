@@ -5,12 +5,13 @@
 //   acc is the running sample's gradient, sum the magnitudes of those before. The block walks the
 //   rows of all segments in steps, double-buffered through shared memory: one barrier a step, the
 //   next step's loads in flight during the multiplications. A step never crosses a boundary: its
-//   tail is zero. At a boundary sum += |acc|; at the end |weight| is applied once and the tile
-//   added to the scores. Rows and segments in ascending order: equal bits in every run.
-//   Bound: float32 FMA throughput (64 FMAs per 16 values read from shared memory).
-#include <cmath>
+//   tail is zero. At a boundary sum += |acc|; the rest is in epilogue.cuh. Rows and segments in
+//   ascending order: equal bits in every run. Bound: float32 FMA throughput (64 FMAs per 16 values
+//   read from shared memory).
+#include <algorithm>
 
 #include "core/cuda/launch.cuh"
+#include "sensitivity/epilogue.cuh"
 #include "sensitivity/linear_cuda.h"
 
 namespace pkt {
@@ -32,7 +33,9 @@ struct Shape {
   static constexpr int kDepth = kSide;           // rows a step
   static constexpr int kPanel = kDepth * kTile;  // float32 values of one operand's step
   static constexpr int kStage = 2 * kPanel;      // grad_outputs, then inputs
-  static constexpr size_t kShared = 2 * kStage * sizeof(float);
+  // the smaller tile has blocks enough in flight with half the loads and fewer registers
+  using End = TileEnd<kTile, kTile, kThreads, kTile == 64 ? 8 : 64>;
+  static constexpr size_t kShared = std::max(2 * kStage * sizeof(float), End::kShared);
   static_assert(kThreads * 8 == kPanel, "a thread loads eight values of either operand a step");
 };
 
@@ -113,15 +116,10 @@ __device__ __forceinline__ void multiply_add(float (&acc)[8][8], const float* st
   }
 }
 
-__device__ __forceinline__ float load_as_float(const void* data, DType dtype, int64_t i) {
-  if (dtype == DType::f32) return static_cast<const float*>(data)[i];
-  if (dtype == DType::f16) return to_float(static_cast<const half*>(data)[i]);
-  return to_float(static_cast<const bfloat16*>(data)[i]);
-}
-
 template <typename T, int kTile>
 __global__ void __launch_bounds__(Shape<kTile>::kThreads)
-    linear_tiles(LinearSensitivityParams p, Operand<T> grads, Operand<T> inputs) {
+    linear_tiles(LinearSensitivityParams p, Operand<T> grads, Operand<T> inputs, Matrix weight,
+                 Outputs out) {
   using S = Shape<kTile>;
   float* shared = cuda::shared_memory<float>();
   const int tx = threadIdx.x % S::kSide;
@@ -168,29 +166,29 @@ __global__ void __launch_bounds__(Shape<kTile>::kThreads)
     now = next;
   }
 
-#pragma unroll  // or ptxas for sm_100 and sm_120 keeps `sum` in local memory
-  for (int i = 0; i < 8; ++i) {
+  S::End::run(
+      out, weight, blockIdx.y, blockIdx.x, threadIdx.x, shared,
+      [&](const auto& put) {
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const int64_t row = top + place<kTile>(ty, i);
-      const int64_t col = left + place<kTile>(tx, j);
-      if (row < p.out_features && col < p.in_features) {
-        const float weight = load_as_float(p.weight, p.weight_dtype,
-                                           row * p.weight_row_stride + col * p.weight_col_stride);
-        p.score[row * p.in_features + col] += fabsf(weight) * sum[i][j];
-      }
-    }
-  }
+        for (int i = 0; i < 8; ++i) {
+#pragma unroll
+          for (int j = 0; j < 8; ++j) put(place<kTile>(ty, i), place<kTile>(tx, j), sum[i][j]);
+        }
+      },
+      [] { __syncthreads(); });
 }
 
 template <typename T, int kTile>
 void launch_tiles(const LinearSensitivityParams& p, cudaStream_t stream) {
   using S = Shape<kTile>;
+  const Outputs out(p.score, p.out_features, p.in_features, p.sums, kTile, p.workspace);
   const dim3 grid(static_cast<unsigned>(ceil_div(p.in_features, kTile)),
                   static_cast<unsigned>(ceil_div(p.out_features, kTile)));
   cuda::launch(linear_tiles<T, kTile>, grid, dim3(S::kThreads), S::kShared, stream, p,
                Operand<T>(p.grad_outputs, p.grads_row_stride, p.grads_col_stride, p.out_features),
-               Operand<T>(p.inputs, p.inputs_row_stride, p.inputs_col_stride, p.in_features));
+               Operand<T>(p.inputs, p.inputs_row_stride, p.inputs_col_stride, p.in_features),
+               Matrix(p.weight, p.weight_dtype, p.weight_row_stride, p.weight_col_stride), out);
+  add_slots_cuda(out, stream);
 }
 
 }  // namespace

@@ -73,7 +73,7 @@ void add_slots(const SensitivitySums& sums, const SumSlots& slots, int64_t rows,
                int threads) {
   add_slots(sums.rows, slots.rows, slots.row_slots, rows, threads);
   add_slots(sums.cols, slots.cols, slots.col_slots, cols, threads);
-  add_slots(sums.total, slots.totals, slots.row_slots * slots.col_slots, 1, 1);
+  add_slots(sums.total, slots.totals, slots.total_slots, 1, 1);
 }
 
 }  // namespace pkt
