@@ -37,14 +37,17 @@ def compare(old: dict, new: dict) -> str:
 
 
 def _conditions(old: dict, new: dict) -> list[str]:
-    """Where machine, versions or settings differ: times may then, too, for no fault of a kernel."""
+    """What differs between the runs besides kernels: machine, versions, settings, quiet."""
     lines = []
+    for name, document in (("old", old), ("new", new)):
+        if report.disturbed(document):
+            lines.append(f"{name} run{report.disturbed(document)}".replace(";", ":"))
     for part in ("machine", "versions", "settings"):
-        for key in old[part].keys() | new[part].keys():
+        for key in sorted(old[part].keys() | new[part].keys()):
             was, now = old[part].get(key), new[part].get(key)
             if was != now:
                 lines.append(f"{part} differ: {key} was {was}, is {now}")
-    return sorted(lines)
+    return lines
 
 
 def _entries(document: dict) -> dict[str, dict]:

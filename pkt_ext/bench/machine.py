@@ -38,6 +38,31 @@ def describe(device: torch.device) -> dict[str, dict]:
     return {"machine": machine, "versions": versions}
 
 
+class Neighbours:
+    """How much of the CPUs other processes took since this was made: they widen every spread."""
+
+    def __init__(self):
+        self._start = self._read()
+
+    def share(self) -> float | None:
+        """Between 0 and 1; None where the system does not tell."""
+        if self._start is None:
+            return None
+        total, busy, own = (now - then for now, then in zip(self._read(), self._start, strict=True))
+        return min(1.0, max(0.0, busy - own) / total) if total else 0.0
+
+    @staticmethod
+    def _read() -> tuple[float, float, float] | None:
+        """Seconds so far: of all CPUs, of those not idle (stolen ones too), of this process."""
+        path = Path("/proc/stat")
+        if not path.exists():
+            return None
+        ticks = [int(text) for text in path.read_text().split("\n")[0].split()[1:9]]
+        idle = ticks[3] + ticks[4]
+        hertz, own = os.sysconf("SC_CLK_TCK"), os.times()
+        return sum(ticks) / hertz, (sum(ticks) - idle) / hertz, sum(own[:4])
+
+
 def _cpu_name() -> str:
     path = Path("/proc/cpuinfo")
     if path.exists():

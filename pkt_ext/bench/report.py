@@ -80,8 +80,20 @@ def read(path: Path) -> dict:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise InputError(f"{path} was not written by `pkt bench --json` of this version")
+    try:
+        whole = document["format"] == FORMAT and all(
+            isinstance(document[part], dict) for part in ("machine", "versions", "settings")
+        )
+        disturbed(document)
+        for case in [document, *document["cases"]]:
+            entries = case["contestants"] if case is not document else case["ceilings"].values()
+            for entry in entries:
+                whole &= not entry["seconds"] or entry["quantiles"]["0.5"] > 0
+                spread(entry["quantiles"], entry["seconds"])
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path} is not what `pkt bench --json` of this version writes")
     return document
 
 
@@ -170,7 +182,16 @@ def summary(document: dict) -> str:
         "published, torch, light: how many times longer (below 1: shorter) the published way, the "
         "best\ncomposition of torch operations and the plain product or copy of the same size take"
     )
+    lines.append(f"{document['elapsed']:.0f} s in all{disturbed(document)}")
     return "\n".join(lines)
+
+
+def disturbed(document: dict) -> str:
+    """A warning if other processes took more than a twentieth of the CPUs."""
+    share = document["others_share"]
+    if share is None or share < 0.05:
+        return ""
+    return f"; other processes took {share:.0%} of the CPUs meanwhile, expect wide spreads"
 
 
 def spread(quantiles: dict, samples: list[float]) -> tuple[float, float] | None:

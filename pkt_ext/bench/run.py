@@ -59,12 +59,10 @@ def run(
     document = {"format": report.FORMAT, **machine.describe(where)}
     document["settings"] = {"device": where.type, "size": size}
     document |= {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    document["load"] = os.getloadavg()[0]
+    neighbours = machine.Neighbours()
     dtypes = {case.arithmetic(where.type) for _, case in selected}
     document["ceilings"] = ceilings.measure(where, dtypes, min(4.0, 5 * _EACH[size]))
     tell(report.header(document))
-    if document["load"] > 0.7 * document["machine"]["cores"]:
-        tell(f"a load of {document['load']:.1f} when started: expect wide spreads")
     document["cases"] = []
     bar = tqdm(total=len(selected), unit="case", disable=None if progress else True, leave=False)
     with bar:
@@ -81,6 +79,7 @@ def run(
             tell(report.case_text(entry))
             bar.update()
     document["elapsed"] = time.perf_counter() - start
+    document["others_share"] = neighbours.share()
     tell(report.summary(document))
     if json is not None:
         report.write(json, document)
