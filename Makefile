@@ -47,7 +47,7 @@ install-check: $(VENV)/installed
 	$(BIN)/python .ci/install.py
 
 bench: build
-	$(BIN)/python -m pytest benchmarks -q --size full
+	$(BIN)/pkt bench
 
 clean:
 	rm -rf build $(VENV) pkt_ext/*.so *.egg-info

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README's and the Seeking page's commands, run as written on tiny models."""
+"""The commands of the README and of the kernels' page, run as written, on tiny models."""
 
 import json
 import os
@@ -52,6 +52,14 @@ def test_readme_python(shop):
     run(shop, [sys.executable, "-c", methods])
     assert (shop / "model-16" / "config.json").exists()
     run(shop, [sys.executable, "-c", kernels])
+
+
+def test_kernels_page(tmp_path):
+    (script,) = blocks("docs/kernels.md", "bash")
+    run(tmp_path, ["bash", "-euc", script])
+    assert (tmp_path / "roofline.png").stat().st_size > 10_000
+    (sums,) = blocks("docs/kernels.md", "python")
+    run(tmp_path, [sys.executable, "-c", sums])
 
 
 def test_readme_is_short_and_its_links_lead_somewhere():
