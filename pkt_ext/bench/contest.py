@@ -155,8 +155,12 @@ def _try(contestant: Contestant, contest: Contest, device: torch.device) -> _Tri
     try:
         with _Poisoned():
             peak = peak_bytes(call, device)
-    except torch.OutOfMemoryError:
-        return _Trial(None, None, 0.0, "out of memory")
+    except RuntimeError as error:
+        if contestant.role == "ours":
+            raise
+        short = isinstance(error, torch.OutOfMemoryError)
+        reason = "out of memory" if short else f"fails: {error}".split("\n")[0][:90]
+        return _Trial(None, None, 0.0, reason)
     seconds, output = time.perf_counter() - start, held.pop()
     if contestant.check is None:
         return _Trial(None, peak, seconds)
@@ -220,11 +224,11 @@ class _Clock:
             return
         for _ in range(2):  # the second counts
             start = time.perf_counter()
-            self.sample()
+            once = self.sample()
             self.cost = time.perf_counter() - start  # a part's, not of what it stands for
         if not self._part:
-            self.repeats = max(1, min(100, int(_BATCH / self.cost)))
-            self.cost *= self.repeats
+            self.repeats = max(1, min(100, int(_BATCH / once)))
+            self.cost += (self.repeats - 1) * once
 
     def sample(self) -> float:
         """Seconds of one call."""

@@ -31,9 +31,17 @@ class Source:
         """A linear layer's weight, elementwise."""
         return self.normal(rows, cols).mul_(0.02)
 
-    def output_gradients(self, tokens: int, width: int) -> torch.Tensor:
-        """Around 1e-4, heavy-tailed, tokens and channels of different scale."""
-        return self.heavy(tokens, width).mul_(1e-4)
+    def output_gradients(
+        self, tokens: int, width: int, dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Around 1e-4, heavy-tailed, tokens and channels of different scale.
+
+        In float16 2^8 times that and clipped: nobody can train in it otherwise.
+        """
+        values = self.heavy(tokens, width).mul_(1e-4)
+        if dtype == torch.float16:
+            values = values.mul_(2.0**8).clamp_(-16.0, 16.0)
+        return values.to(dtype)
 
     def activations(self, tokens: int, width: int) -> torch.Tensor:
         """Normal, one channel in a hundred twenty times larger."""

@@ -95,10 +95,12 @@ class LowRank:
                 )
             )
         contestants += self._arpack(judge) if device.type == "cpu" else []
-        wide = matrix if device.type == "cuda" else matrix.float()
-        columns = 16 * -(-self.rank // 16)
+        # aligned and in the kernels' arithmetic, with as many columns as they need
+        arithmetic = self.arithmetic(device.type)
+        wide = matrix.to(arithmetic).contiguous()
+        columns = 16 * -(-self.rank // 16) * (3 if arithmetic.itemsize == 2 else 1)
         thin, tall = (
-            Source(1, device).normal(n, columns).to(wide.dtype) for n in (self.cols, self.rows)
+            Source(1, device).normal(n, columns).to(arithmetic) for n in (self.cols, self.rows)
         )
 
         def products(_):

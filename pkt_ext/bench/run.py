@@ -54,6 +54,7 @@ def run(
     if plot is not None:
         roofline.figure_class()
     if where.type == "cuda":
+        where = torch.device("cuda", where.index or 0)
         torch.cuda.set_device(where)
     start = time.perf_counter()
     document = {"format": report.FORMAT, **machine.describe(where)}

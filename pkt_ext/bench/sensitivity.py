@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
@@ -55,7 +56,7 @@ class Elementwise:
         def make(seed):
             source = Source(seed, device)
             weight = source.weight(self.rows, self.cols).to(self.dtype)
-            grad = source.output_gradients(self.rows, self.cols).to(self.dtype)
+            grad = source.output_gradients(self.rows, self.cols, self.dtype)
             return torch.zeros(self.rows, self.cols, device=device), weight, grad
 
         sets = input_sets(make, device)
@@ -92,8 +93,9 @@ class Elementwise:
             Contestant("magnitudes multiplied", "torch", magnitudes, check(rounded), work),
             Contestant("copy of as many bytes", "light", lambda *_: half.copy_(other), work=work),
         ]
-        if device.type == "cuda":
+        if device.type == "cuda" and find_spec("triton"):
             compiled = torch.compile(eager)
+            compiled(*sets[0])  # now: its first call says nothing about the next
             entry = Contestant("torch.compile", "torch", compiled, check(rounded), work)
             contestants.insert(3, entry)
         return Contest(sets, contestants, score.zero_)
@@ -142,7 +144,7 @@ class Linear:
             source = Source(seed, device)
             weight = source.weight(self.rows, self.cols).to(self.dtype)
             inputs = source.activations(tokens, self.cols).to(self.dtype)
-            grads = source.output_gradients(tokens, self.rows).to(self.dtype)
+            grads = source.output_gradients(tokens, self.rows, self.dtype)
             return torch.zeros(self.rows, self.cols, device=device), weight, inputs, grads
 
         sets = input_sets(make, device)
@@ -203,7 +205,7 @@ class Linear:
         ways += [("loop, |weight| multiplied once", "torch", late)]
         if len(set(self.lengths)) == 1:
             ways += [("one bmm", "torch", batched)]
-        if device.type == "cuda" and self.dtype == torch.bfloat16:
+        if device.type == "cuda" and self.dtype == torch.bfloat16:  # all it takes
             ways += [("one grouped_mm", "torch", grouped)]
         ways += [("loop, elementwise kernel", "other", elementwise)]
         work, check, rounded = self.work(), _checker(score, truth), _ROUNDED[self.dtype]

@@ -77,6 +77,7 @@ def not_written(inputs, _):
 
 
 ELEMENTWISE, LINEAR = Elementwise("", 40, 33), Linear("", 40, 33, (5, 9))
+HALVES = [Elementwise("", 70, 90, torch.float16), Linear("", 70, 90, (40, 60), torch.float16)]
 SUMS = Linear("", 40, 33, (5, 9), sums=True)
 WINDOW = Window("", 30, 40, 20, 25)
 FACTORS = LowRank("", 560, 530, 4, "spiked", stride=1100)
@@ -131,6 +132,11 @@ def test_uninitialised_memory_is_poisoned_while_verifying():
     contest.verify(Contest([()], [Contestant("one", "ours", call)]), CPU)
     whole, like, new = seen[0]
     assert (whole == -1).all() and like.isnan().all() and new.isnan().all()
+
+
+@pytest.mark.parametrize("case", HALVES, ids=lambda case: case.op)
+def test_float16_gradients_stay_within_its_range(case):
+    contest.verify(case.contest(CPU), CPU)
 
 
 # --- counting -------------------------------------------------------------------------------------
@@ -235,13 +241,22 @@ def test_a_part_stands_for_the_whole():
     assert set(result.seconds) == {7.0} and result.part == "one of many"
 
 
-def test_a_contestant_out_of_memory_is_a_row_that_says_so():
+@pytest.mark.parametrize(
+    ("error", "row"),
+    [
+        (torch.OutOfMemoryError("too much"), "out of memory"),
+        (RuntimeError("unaligned\nat line 3"), "fails: unaligned"),
+    ],
+)
+def test_a_rival_that_fails_is_a_row_that_says_so_and_ours_is_an_error(error, row):
     def call():
-        raise torch.OutOfMemoryError("too much")
+        raise error
 
     made = Contest([()], [Contestant("big", "torch", call), Contestant("ok", "ours", time.time)])
     big, fine = contest.hold(made, CPU, 0.01)
-    assert big.failed == "out of memory" and not big.seconds and fine.seconds
+    assert big.failed == row and not big.seconds and fine.seconds
+    with pytest.raises(type(error)):
+        contest.hold(Contest([()], [Contestant("big", "ours", call)]), CPU, 0.01)
 
 
 def test_input_sets_exceed_three_caches(monkeypatch):
