@@ -40,7 +40,8 @@ struct AccumulateSensitivityParams {
 };
 
 // score += |weight| * sum over segments n of |grad_outputs[n]^T inputs[n]|, where [n] selects the
-// rows segments[n] <= row < segments[n + 1]. Sums in float32, rows and segments in ascending order.
+// rows segments[n] <= row < segments[n + 1]. Sums in float32, rows and segments in ascending order
+// (of 16 rows at a time on the tensor cores, whose rounding within them is their own).
 struct LinearSensitivityParams {
   float* score;              // [out_features, in_features], contiguous; null: only the sums
   const void* weight;        // [out_features, in_features]
@@ -55,7 +56,8 @@ struct LinearSensitivityParams {
   SensitivitySums sums;
   // Which compiled variant runs; -1 is the best one, the others are there for the tests.
   // CPU: 0 baseline, 1 AVX2, 2 AVX-512 (lowered to what the machine has).
-  // CUDA: 0 and 1 float32 FMA with tiles of 64 and 128.
+  // CUDA: 0 and 1 float32 FMA with tiles of 64 and 128; 2 tensor cores, where float32 is the sum of
+  // two bfloat16 (linear_split_cuda.cu has the error); -1 is 2 on a device that has them.
   int variant;
   void* workspace;  // linear_sensitivity_workspace_*() bytes, 256-byte aligned
 };

@@ -152,6 +152,8 @@ def linear_sensitivity_(
     the sum over samples are float32, added in ascending order, |weight| is applied once: equal bits
     on any thread count, other last bits when the batch is cut otherwise. A weight stored [D_in,
     D_out] (GPT-2's Conv1D) is passed as its transpose, or inputs and grad_outputs change places.
+    On a GPU with tensor cores float32 operands are taken as sums of two bfloat16: a sample's
+    gradient is then off by at most 2^-15 sum |grad_outputs| |inputs|, commonly by 2^-20 of it.
 
     Args:
         score:        [D_out, D_in] float32, contiguous; written in place. None: only the sums are

@@ -50,8 +50,9 @@ def problem(out_features, in_features, lengths, dtype=torch.float32, weight_dtyp
     )
 
 
-def assert_within_budget(found, score, weight, inputs, grads, segments):
-    """|ours - truth| <= 2 |torch in float32 - truth| + 8 ulp of the terms' magnitudes."""
+def assert_within_budget(found, score, weight, inputs, grads, segments, split=False):
+    """|ours - truth| <= 2 |torch in float32 - truth| + 8 ulp of the terms' magnitudes, or 2^-15 of
+    them where float32 is split for the tensor cores."""
     truth, plain = score.double(), score.clone()
     linear_sensitivity_reference_(truth, weight, inputs, grads, segments)
     linear_sensitivity_reference_(plain, weight, inputs, grads, segments)
@@ -59,7 +60,8 @@ def assert_within_budget(found, score, weight, inputs, grads, segments):
     linear_sensitivity_reference_(
         terms, weight, inputs.double().abs(), grads.double().abs(), segments
     )
-    excess = (found.double() - truth).abs() - 2 * (plain - truth).abs() - 2.0**-21 * terms
+    excess = (found.double() - truth).abs() - 2 * (plain - truth).abs()
+    excess -= (2.0**-15 if split else 2.0**-21) * terms
     worst = int(excess.argmax())
     assert excess.max() <= 0, (worst, found.flatten()[worst], truth.flatten()[worst])
 
@@ -67,7 +69,8 @@ def assert_within_budget(found, score, weight, inputs, grads, segments):
 def check(backend, score, *operands):
     found = score.to(backend.device, copy=True)
     assert linear_sensitivity_(found, *(t.to(backend.device) for t in operands)) is None
-    assert_within_budget(found.cpu(), score, *operands)
+    split = backend.name != "cpu" and operands[1].dtype == torch.float32
+    assert_within_budget(found.cpu(), score, *operands, split=split)
 
 
 def run_variant(operands, variant, sums=None):
