@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // score += |weight * grad| on the CPU.
 //
-// A task is a tile of 64 Ki elements, 64 rows of 1024 or, of a flat matrix, fewer and longer ones:
-// a transposed operand's cache lines are then used by all the rows that share them. A row goes
-// through the L1 by 1024 elements: products, scores, sums. Every tile has its own slots for the
-// sums, so the order of additions depends on shapes alone.
+// A task is a tile of 64 rows. They are 8192 elements long, or the prefetcher starts anew at every
+// row; 1024 where an operand is strided, so that a transposed one's cache lines stay until all the
+// rows that share them have used them; and longer where there are fewer. A row goes through the L1
+// by 1024 elements: products, scores, sums. Every tile has its own slots for the sums, so the order
+// of additions depends on shapes and strides alone.
 // Bound: memory, 12 bytes an element with 16-bit operands and 16 with float32.
 #include <algorithm>
 #include <cmath>
@@ -17,7 +18,8 @@ namespace {
 
 constexpr int64_t kTall = kSumBlock;        // rows of a tile at most
 constexpr int64_t kWide = 1024;             // elements of a row at a time
-constexpr int64_t kTileElements = 1 << 16;  // also what is worth waking a thread for
+constexpr int64_t kTileElements = 1 << 16;  // at least, which is also worth waking a thread for
+constexpr int64_t kLong = 8;                // times kWide: rows that the prefetcher follows
 
 // out[j] = |weight[j] * grad[j]|
 template <typename W, typename G>
@@ -37,10 +39,13 @@ PKT_SIMD_CLONES void multiply(float* out, const W* weight, int64_t weight_stride
 struct Tiles {
   int64_t width, across, down;
 
-  explicit Tiles(const AccumulateSensitivityParams& p)
-      : width(ceil_div(kTileElements, std::min(p.rows, kTall) * kWide) * kWide),
-        across(ceil_div(p.cols, width)),
-        down(ceil_div(p.rows, kTall)) {}
+  explicit Tiles(const AccumulateSensitivityParams& p) {
+    const bool streams = p.weight_col_stride == 1 && p.grad_col_stride == 1;
+    const int64_t narrow = kTileElements / (std::min(p.rows, kTall) * kWide);
+    width = std::max(narrow, streams ? kLong : 1) * kWide;
+    across = ceil_div(p.cols, width);
+    down = ceil_div(p.rows, kTall);
+  }
 };
 
 template <typename W, typename G>
@@ -52,12 +57,13 @@ void add_tile(const AccumulateSensitivityParams& p, const SumSlots& slots, int64
   const int64_t left = tile_col * width, right = std::min(left + width, p.cols);
   double* cols = slots.cols ? slots.cols + tile_row * p.cols : nullptr;
   if (cols) std::fill(cols + left, cols + right, 0.0);
+  double blocks[kTileElements / kSumBlock] = {};
   double total = 0.0;
   bool special = false;
-  for (int64_t col = left; col < right; col += kWide) {
-    const int64_t count = std::min(kWide, right - col);
-    double blocks[kWide / kSumBlock] = {};
-    for (int64_t row = top; row < bottom; ++row) {
+  for (int64_t row = top; row < bottom; ++row) {
+    double row_sum = 0.0;
+    for (int64_t col = left; col < right; col += kWide) {
+      const int64_t count = std::min(kWide, right - col);
       float products[kWide];
       multiply(products, weight + row * p.weight_row_stride + col * p.weight_col_stride,
                p.weight_col_stride, grad + row * p.grad_row_stride + col * p.grad_col_stride,
@@ -65,17 +71,15 @@ void add_tile(const AccumulateSensitivityParams& p, const SumSlots& slots, int64
       special |=
           add_contributions(p.score ? p.score + row * p.cols + col : nullptr, products, count);
       if (!p.sums.any_sum()) continue;
-      const double sum = tally(products, count, blocks, cols ? cols + col : nullptr);
-      total += sum;
-      if (slots.rows) {
-        double& slot = slots.rows[tile_col * p.rows + row];
-        slot = col == left ? sum : slot + sum;
-      }
+      row_sum +=
+          tally(products, count, blocks + (col - left) / kSumBlock, cols ? cols + col : nullptr);
     }
-    if (p.sums.blocks) {
-      double* out = p.sums.blocks + tile_row * ceil_div(p.cols, kSumBlock) + col / kSumBlock;
-      for (int64_t i = 0; i < ceil_div(count, kSumBlock); ++i) out[i] += blocks[i];
-    }
+    if (slots.rows) slots.rows[tile_col * p.rows + row] = row_sum;
+    total += row_sum;
+  }
+  if (p.sums.blocks) {
+    double* out = p.sums.blocks + tile_row * ceil_div(p.cols, kSumBlock) + left / kSumBlock;
+    for (int64_t i = 0; i < ceil_div(right - left, kSumBlock); ++i) out[i] += blocks[i];
   }
   if (slots.totals) slots.totals[tile_row * slots.row_slots + tile_col] = total;
   if (special) raise_flag(p.sums.nonfinite);

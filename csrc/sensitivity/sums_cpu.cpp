@@ -47,23 +47,32 @@ PKT_SIMD_CLONES bool add_contributions(float* score, const float* contributions,
 
 PKT_SIMD_CLONES double tally(const float* contributions, int64_t count, double* blocks,
                              double* cols) {
-  constexpr int64_t kLanes = 8;
+  constexpr int64_t kLanes = 16;  // fixed counts throughout, or the loops are not vectorised well
   double all = 0.0;
   for (int64_t left = 0; left < count; left += kSumBlock) {
     const float* c = contributions + left;
-    const int64_t wide = std::min(kSumBlock, count - left);
+    float last[kSumBlock];
+    const bool ragged = left + kSumBlock > count;
+    if (ragged) {
+      for (int64_t j = 0; j < kSumBlock; ++j) last[j] = left + j < count ? c[j] : 0.0f;
+      c = last;
+    }
     double lanes[kLanes] = {};
-    int64_t j = 0;
-    for (; j + kLanes <= wide; j += kLanes) {
+    for (int64_t j = 0; j < kSumBlock; j += kLanes) {
       for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += c[j + lane];
     }
-    for (; j < wide; ++j) lanes[j % kLanes] += c[j];
-    const double sum = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) +
-                       ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+    double four[4];
+    for (int64_t lane = 0; lane < 4; ++lane) {
+      four[lane] = (lanes[lane] + lanes[lane + 8]) + (lanes[lane + 4] + lanes[lane + 12]);
+    }
+    const double sum = (four[0] + four[2]) + (four[1] + four[3]);
     blocks[left / kSumBlock] += sum;
     all += sum;
-    if (cols) {
-      for (j = 0; j < wide; ++j) cols[left + j] += c[j];
+    if (!cols) continue;
+    if (ragged) {
+      for (int64_t j = 0; left + j < count; ++j) cols[left + j] += c[j];
+    } else {
+      for (int64_t j = 0; j < kSumBlock; ++j) cols[left + j] += c[j];
     }
   }
   return all;
