@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from pkt_ext import _C
 from pkt_ext.bench import cases, ceilings, contest, machine, report, roofline
 from pkt_ext.errors import InputError
 from pkt_ext.settings import find_device
@@ -44,7 +45,8 @@ def run(
         progress: show a bar on a terminal, log lines elsewhere.
         tell:   takes the text of each part as it is known.
     Raises:
-        InputError: an unknown stem, size or device, a file that cannot be written.
+        InputError: an unknown stem or size, a device that is not there or that nothing was built
+            for, a file that cannot be written.
         VerificationError: a result is wrong.
     """
     where = find_device(device)
@@ -54,6 +56,11 @@ def run(
     if plot is not None:
         roofline.figure_class()
     if where.type == "cuda":
+        if not hasattr(_C, "cuda_versions"):
+            raise InputError(
+                "pkt_ext was built without CUDA kernels; rebuild with nvcc on PATH and "
+                "PKT_EXT_CUDA=1, or use --device cpu"
+            )
         where = torch.device("cuda", where.index or 0)
         torch.cuda.set_device(where)
     start = time.perf_counter()
@@ -71,7 +78,7 @@ def run(
             spent = time.perf_counter() - start
             left = spent / number * (len(selected) - number) if number else None
             guess = f", about {left:.0f} s left" if left else ""
-            if progress:
+            if progress and bar.disable:
                 text = "%s %s: case %d of %d%s"
                 log.info(text, case.op, case.name, number + 1, len(selected), guess)
             share = (_ALL[size] - spent) / (len(selected) - number)

@@ -229,6 +229,16 @@ def test_bad_input_is_exit_code_2_and_one_line(argv, says, capsys, monkeypatch):
     assert says in err and err.count("\n") == 1
 
 
+def test_a_gpu_without_kernels_built_for_it_is_refused(capsys, monkeypatch):
+    from pkt_ext import _C
+    from pkt_ext.bench import run
+
+    monkeypatch.delattr(_C, "cuda_versions", raising=False)
+    monkeypatch.setattr(run, "find_device", lambda _: torch.device("cuda"))
+    assert cli.run(["bench"]) == 2
+    assert "built without CUDA kernels" in capsys.readouterr().err
+
+
 def test_an_unreadable_document_is_refused(tmp_path, capsys):
     good = document({"ours": [1.0]})
     spoiled = [
