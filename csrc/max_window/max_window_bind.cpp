@@ -15,13 +15,16 @@ MaxWindowParams describe(const TensorView& score, int64_t height, int64_t width)
   p.score = score.data;
   p.dtype = score.dtype;
   p.batch = score.shape[0];
-  p.rows = score.shape[1];
-  p.cols = score.shape[2];
+  // Neighbours in memory are neighbours in a row to the kernels.
+  p.transposed = score.stride[2] != 1 && score.stride[1] < score.stride[2];
+  const int row = p.transposed ? 2 : 1, col = p.transposed ? 1 : 2;
+  p.rows = score.shape[row];
+  p.cols = score.shape[col];
   p.batch_stride = score.stride[0];
-  p.row_stride = score.stride[1];
-  p.col_stride = score.stride[2];
-  p.height = height;
-  p.width = width;
+  p.row_stride = score.stride[row];
+  p.col_stride = score.stride[col];
+  p.height = p.transposed ? width : height;
+  p.width = p.transposed ? height : width;
   return p;
 }
 

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sliding windows on the CPU: running column sums move down the matrix, and for each row position
-// a running sum over them moves right. Every element is read at most twice; float64 throughout.
-// Bound: one read of the matrix from memory plus (rows - height + 1) * cols additions.
-// Columns (going down) and row positions (going right) are independent, so the order of the
-// additions behind every window sum, and with it every bit, is the same on any thread count.
+// Sweep and settle (max_window.h) on the CPU: a chunk a task and one parallel region a call, with
+// nothing to wait for in between, so that a busy machine delays a task and not every band.
+// Bound: one read of the matrix from memory. The sums along rows and the changes from place to
+// place are vectors; only the scan over the places is a chain of additions, three cycles a place.
+// Dropped: running column sums for each position, then a scan along each (twice the additions over
+// whole rows, and two regions for every 128 positions: 46 barriers for a feed-forward matrix).
 #include <cmath>
-#include <limits>
 #include <stdexcept>
 
 #include "core/parallel.h"
@@ -14,148 +14,186 @@
 namespace pkt {
 namespace {
 
-constexpr int64_t kColumnChunk = 512;  // columns per task: 4 KiB of running sums, cache-resident
-constexpr int64_t kBand = 128;         // row positions whose column sums are kept at a time
+constexpr int64_t kChunks = 256;      // wanted: enough to share out, few enough for settle
+constexpr int64_t kSerial = 1 << 20;  // elements below which waking other threads costs more
+constexpr int64_t kLanes = 32;        // partial sums of a row
 
-constexpr int64_t kSerial = 1 << 18;  // elements below which waking other threads costs more
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-struct Best {
-  double total = -std::numeric_limits<double>::infinity();
-  int64_t col = 0;
-  bool finite = true;
+// Sum in a fixed order of interleaved partial sums.
+template <typename T>
+PKT_SIMD_CLONES double sum(const T* row, int64_t stride, int64_t count) {
+  double lanes[kLanes] = {};
+  int64_t j = 0;
+  if (stride == 1) {
+    for (; j + kLanes <= count; j += kLanes) {
+      for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] += to_double(row[j + lane]);
+    }
+  }
+  for (; j < count; ++j) lanes[j % kLanes] += to_double(row[j * stride]);
+  for (int64_t half_size = kLanes / 2; half_size > 0; half_size /= 2) {
+    for (int64_t lane = 0; lane < half_size; ++lane) lanes[lane] += lanes[lane + half_size];
+  }
+  return lanes[0];
+}
+
+// changes[j] += gained[j] - lost[j]
+template <typename T>
+PKT_SIMD_CLONES void add_changes(double* changes, const T* gained, const T* lost, int64_t stride,
+                                 int64_t count) {
+  if (stride == 1) {
+    for (int64_t j = 0; j < count; ++j) changes[j] += to_double(gained[j]) - to_double(lost[j]);
+  } else {
+    for (int64_t j = 0; j < count; ++j) {
+      changes[j] += to_double(gained[j * stride]) - to_double(lost[j * stride]);
+    }
+  }
+}
+
+// The sums of a row over its windows: the first of them, then each one's change from the one
+// before.
+template <typename T>
+void add_row(double* windows, const T* row, const MaxWindowParams& p) {
+  windows[0] += sum(row, p.col_stride, p.width);
+  add_changes(windows + 1, row + p.width * p.col_stride, row, p.col_stride, p.cols - p.width);
+}
+
+// Changes to sums.
+void scan(double* windows, int64_t places) {
+  for (int64_t j = 1; j < places; ++j) windows[j] += windows[j - 1];
+}
+
+// After `step` moves down the window at place j has gained entered - left, up to j.
+void compare(const double* entered, const double* left, int64_t step, double* best, int64_t* at,
+             int64_t places) {
+  double gone = 0.0;
+  for (int64_t j = 0; j < places; ++j) {
+    gone += entered[j] - left[j];
+    at[j] = gone > best[j] ? step : at[j];
+    best[j] = gone > best[j] ? gone : best[j];
+  }
+}
+
+PKT_SIMD_CLONES void add(double* sums, const double* values, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) sums[j] += values[j];
+}
+
+// What a matrix leaves in the workspace: vectors over the places.
+struct Slots {
+  double* left;   // [chunks]: sums of the leaving rows, or of the core's
+  double* moved;  // [moves]: how far each chunk's pairs take the window
+  double* best;   // [moves]: the furthest it gets on the way, and at which row
+  int64_t* at;
+  double* found;  // [1] each, of all chunks
+  int64_t* found_at;
+
+  static int64_t count(const MaxWindowPlan& plan) {
+    return (plan.chunks + 3 * plan.moves + 2) * plan.places;
+  }
+  Slots(const MaxWindowPlan& plan, double* workspace)
+      : left(workspace),
+        moved(left + plan.chunks * plan.places),
+        best(moved + plan.moves * plan.places),
+        at(reinterpret_cast<int64_t*>(best + plan.moves * plan.places)),
+        found(best + 2 * plan.moves * plan.places),
+        found_at(reinterpret_cast<int64_t*>(found + plan.places)) {}
 };
 
-// sums[j] += row[j]
 template <typename T>
-PKT_SIMD_CLONES void add_row(double* sums, const T* row, int64_t stride, int64_t count) {
-  if (stride == 1) {
-    for (int64_t j = 0; j < count; ++j) sums[j] += to_double(row[j]);
-  } else {
-    for (int64_t j = 0; j < count; ++j) sums[j] += to_double(row[j * stride]);
-  }
-}
-
-// next[j] = sums[j] + (entering[j] - leaving[j])
-template <typename T>
-PKT_SIMD_CLONES void slide_row(double* next, const double* sums, const T* entering,
-                               const T* leaving, int64_t stride, int64_t count) {
-  if (stride == 1) {
-    for (int64_t j = 0; j < count; ++j) {
-      next[j] = sums[j] + (to_double(entering[j]) - to_double(leaving[j]));
+void sweep(const T* score, const MaxWindowParams& p, const MaxWindowPlan& plan, const Slots& slots,
+           int64_t chunk) {
+  const int64_t places = plan.places;
+  double* left = slots.left + chunk * places;
+  std::fill_n(left, places, 0.0);
+  if (chunk >= plan.moves) {
+    for (int64_t k = plan.first(chunk); k < plan.first(chunk + 1); ++k) {
+      add_row(left, score + k * p.row_stride, p);
     }
   } else {
-    for (int64_t j = 0; j < count; ++j) {
-      next[j] = sums[j] + (to_double(entering[j * stride]) - to_double(leaving[j * stride]));
+    double* entered = slots.moved + chunk * places;
+    double* best = slots.best + chunk * places;
+    int64_t* at = slots.at + chunk * places;
+    std::fill_n(entered, places, 0.0);
+    std::fill_n(best, places, -kInfinity);
+    std::fill_n(at, places, 0);
+    for (int64_t k = plan.first(chunk); k < plan.first(chunk + 1); ++k) {
+      add_row(left, score + k * p.row_stride, p);
+      add_row(entered, score + (p.height + k) * p.row_stride, p);
+      compare(entered, left, k + 1, best, at, places);
+    }
+    for (int64_t j = 0; j < places; ++j) entered[j] -= left[j];
+    scan(entered, places);
+  }
+  scan(left, places);
+}
+
+PKT_SIMD_CLONES void settle(const MaxWindowParams& p, const MaxWindowPlan& plan, const Slots& s,
+                            int64_t matrix) {
+  const int64_t places = plan.places;
+  double* total = s.left;
+  for (int64_t chunk = 1; chunk < plan.starts; ++chunk) add(total, s.left + chunk * places, places);
+  std::copy_n(total, places, s.found);
+  std::fill_n(s.found_at, places, 0);
+  for (int64_t chunk = 0; chunk < plan.moves; ++chunk) {
+    const double* best = s.best + chunk * places;
+    const int64_t* at = s.at + chunk * places;
+    const double* moved = s.moved + chunk * places;
+    for (int64_t j = 0; j < places; ++j) {
+      const double here = total[j] + best[j];
+      s.found_at[j] = here > s.found[j] ? at[j] : s.found_at[j];
+      s.found[j] = here > s.found[j] ? here : s.found[j];
+      total[j] += moved[j];
     }
   }
-}
-
-// Sum in a fixed order of eight interleaved partial sums.
-PKT_SIMD_CLONES double sum(const double* values, int64_t count) {
-  double lanes[8] = {};
-  int64_t j = 0;
-  for (; j + 8 <= count; j += 8) {
-    for (int lane = 0; lane < 8; ++lane) lanes[lane] += values[j + lane];
-  }
-  for (int64_t lane = 0; j < count; ++j, ++lane) lanes[lane] += values[j];
-  return ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) +
-         ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
-}
-
-// First column of the best window over one row of column sums.
-Best slide_right(const double* sums, int64_t cols, int64_t width) {
-  Best best;
-  double total = sum(sums, width);
-  double poison = total - total;  // NaN once any column sum is not finite
-  best.total = total;
-  for (int64_t j = width; j < cols; ++j) {
-    total += sums[j] - sums[j - width];
-    poison += sums[j] - sums[j];
-    if (total > best.total) {
-      best.total = total;
-      best.col = j - width + 1;
-    }
-  }
-  best.finite = poison == 0.0 && std::isfinite(best.total);
-  return best;
-}
-
-template <typename T>
-void search(const T* score, const MaxWindowParams& p, double* bands, int64_t matrix, int threads) {
-  const int64_t positions = p.rows - p.height + 1;
-  const int64_t chunks = ceil_div(p.cols, kColumnChunk);
-  Best best_of[kBand];
-  Best best;
-  int64_t best_row = 0;
+  // An infinity or a NaN that was ever added stays in the sums: it shows in the last window's.
   bool finite = true;
-  for (int64_t top = 0; top < positions; top += kBand) {
-    const int64_t count = top + kBand < positions ? kBand : positions - top;
-    // Row kBand of the workspace carries the last sums of the band above.
-    parallel_for(threads, chunks, [&](int64_t chunk) {
-      const int64_t first = chunk * kColumnChunk;
-      const int64_t width = first + kColumnChunk < p.cols ? kColumnChunk : p.cols - first;
-      const T* columns = score + first * p.col_stride;
-      double* carry = bands + kBand * p.cols + first;
-      for (int64_t i = 0; i < count; ++i) {
-        double* sums = bands + i * p.cols + first;
-        const double* above = i ? sums - p.cols : carry;
-        if (top + i == 0) {
-          for (int64_t j = 0; j < width; ++j) sums[j] = 0.0;
-          for (int64_t r = 0; r < p.height; ++r) {
-            add_row(sums, columns + r * p.row_stride, p.col_stride, width);
-          }
-        } else {
-          slide_row(sums, above, columns + (top + i + p.height - 1) * p.row_stride,
-                    columns + (top + i - 1) * p.row_stride, p.col_stride, width);
-        }
-      }
-      const double* last = bands + (count - 1) * p.cols + first;
-      for (int64_t j = 0; j < width; ++j) carry[j] = last[j];
-    });
-    parallel_for(threads, count,
-                 [&](int64_t i) { best_of[i] = slide_right(bands + i * p.cols, p.cols, p.width); });
-    for (int64_t i = 0; i < count; ++i) {
-      finite = finite && best_of[i].finite;
-      if (best_of[i].total > best.total) {
-        best = best_of[i];
-        best_row = top + i;
-      }
+  double most = -kInfinity;
+  int64_t first = 0;
+  for (int64_t j = 0; j < places; ++j) {
+    const int64_t rank = p.rank(s.found_at[j], j);
+    finite = finite && std::isfinite(total[j]);
+    if (s.found[j] > most || (s.found[j] == most && rank < first)) {
+      most = s.found[j];
+      first = rank;
     }
   }
-  p.row[matrix] = finite ? best_row : -1;
-  p.col[matrix] = finite ? best.col : -1;
-  p.total[matrix] = finite ? best.total : std::numeric_limits<double>::quiet_NaN();
+  p.report(matrix, first, most, finite);
 }
 
 template <typename T>
-void search_all(const MaxWindowParams& p, int threads) {
-  if (p.rows * p.cols < kSerial) threads = 1;
-  for (int64_t matrix = 0; matrix < p.batch; ++matrix) {
-    search(static_cast<const T*>(p.score) + matrix * p.batch_stride, p, p.workspace, matrix,
-           threads);
-  }
+void search(const MaxWindowParams& p, int threads) {
+  const MaxWindowPlan plan(p, kChunks);
+  if (p.batch * p.rows * p.cols < kSerial) threads = 1;
+  const auto slots = [&](int64_t matrix) {
+    return Slots(plan, p.workspace + matrix * Slots::count(plan));
+  };
+  parallel_for(threads, p.batch * plan.chunks, [&](int64_t task) {
+    const int64_t matrix = task / plan.chunks;
+    sweep(static_cast<const T*>(p.score) + matrix * p.batch_stride, p, plan, slots(matrix),
+          task % plan.chunks);
+  });
+  parallel_for(threads, p.batch, [&](int64_t i) { settle(p, plan, slots(i), i); });
 }
 
 }  // namespace
 
 int64_t max_window_workspace_cpu(const MaxWindowParams& p) {
-  return (kBand + 1) * p.cols;
+  return p.batch * Slots::count(MaxWindowPlan(p, kChunks));
 }
 
-void max_window_cpu(const MaxWindowParams& p, int threads) {
-  switch (p.dtype) {
+void max_window_cpu(const MaxWindowParams& params, int threads) {
+  switch (params.dtype) {
     case DType::f32:
-      return search_all<float>(p, threads);
+      return search<float>(params, threads);
     case DType::f64:
-      return search_all<double>(p, threads);
+      return search<double>(params, threads);
     case DType::f16:
-      return search_all<half>(p, threads);
+      return search<half>(params, threads);
     case DType::bf16:
-      return search_all<bfloat16>(p, threads);
-    case DType::i64:
-      break;
+      return search<bfloat16>(params, threads);
+    default:
+      throw std::logic_error("max_window: dtype the binding does not admit");
   }
-  throw std::logic_error("max_window: dtype the binding does not admit");
 }
 
 }  // namespace pkt

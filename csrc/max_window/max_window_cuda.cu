@@ -1,13 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// Best window on the GPU, in four launches, float64 and in a fixed order throughout:
-//   row_windows   a block a row: every width-wide sum of that row, by a scan of the differences;
-//   chunk_sums    a thread a column: sums of kChunk consecutive rows of those;
-//   slide_down    a thread a column and a block a chunk of row positions: the first window from
-//                 the chunk sums, then kChunk steps down; keeps the block's best;
-//   pick          a block a matrix: the best of the blocks' bests.
-// Bound: one read of the scores plus two passes over rows x (cols - width + 1) float64 values.
-// NaN or infinity anywhere in a row makes that row's window sums NaN, which pick() reports.
+// Sweep and settle (max_window.h) on the GPU, in three launches:
+//   sweep    a block a tile of places and a chunk of rows. A thread owns kOwn neighbouring columns
+//            where windows begin and those `width` further, where they end, so that it holds the
+//            changes from place to place; the columns between are dealt out and only summed. In the
+//            fringe every pair of rows costs a scan over the block (one barrier) and a comparison;
+//            in the core the whole chunk costs one scan.
+//   settle   a block 32 places, each of its warps a run of the chunks: starts, then candidates.
+//   pick     a block a matrix: the best of the blocks' bests.
+// Bound: one read of the scores from memory. For 13824 x 5120 float32 and windows of 11008 x 4096
+// that is 283 MB; the chunks' vectors, 9.7 MB (1025 places x (533 chunks + 3 x 217 with pairs)),
+// are written and read once and fit an L2 cache. Where rows, windows and the matrix begin and end
+// at multiples of 16 bytes every load is one of 16 bytes, with up to 48 KB of them under way in
+// a block of 256, two such blocks a multiprocessor. Where float64 has 1/64 of float32's rate the
+// 2.5 conversions and additions an element take about as long as the read.
+// Rows with more than kPlaces + 1 places (4096; float64 2048; unaligned 1024) are cut into tiles,
+// each of which sums its own first window: columns they share are read again, mostly from L2.
+// Dropped: storing the fringe rows' sums to slide down them later (46 MB for that matrix, written
+// and read); a scan for each row of the core; one kernel for aligned and unaligned rows (spills).
 #include <cmath>
+#include <stdexcept>
 
 #include "core/cuda/launch.cuh"
 #include "core/cuda/reduce.cuh"
@@ -18,26 +29,29 @@ namespace {
 
 using cuda::ceil_div;
 
-constexpr int kThreads = 256;
-constexpr int kChunk = 64;
+constexpr int64_t kChunks = 512;  // wanted: some four blocks a multiprocessor
+constexpr int kSettleWarps = 16;
+constexpr int kSettleThreads = 32 * kSettleWarps;
+constexpr int kPickThreads = 256;
 
 constexpr double kLowest = -1.7976931348623157e308;  // what an idle thread puts forward
 
 struct Candidate {
   double total;
-  int64_t position;  // row * cols + col
+  int64_t rank;
 };
 
-// Non-finite first, then larger totals, then earlier positions.
+// Non-finite first, then larger totals, then earlier places.
 __device__ __forceinline__ bool beats(const Candidate& a, const Candidate& b) {
   const bool a_bad = !(a.total - a.total == 0.0);
   const bool b_bad = !(b.total - b.total == 0.0);
   if (a_bad || b_bad) return a_bad && !b_bad;
-  return a.total > b.total || (a.total == b.total && a.position < b.position);
+  return a.total > b.total || (a.total == b.total && a.rank < b.rank);
 }
 
 // Leaves the block's best candidate in thread 0.
-__device__ __forceinline__ Candidate block_best(Candidate mine, Candidate* scratch) {
+template <int kThreads>
+__device__ __forceinline__ Candidate block_best(const Candidate& mine, Candidate* scratch) {
   scratch[threadIdx.x] = mine;
   __syncthreads();
   for (unsigned half_size = kThreads / 2; half_size > 0; half_size /= 2) {
@@ -50,141 +64,298 @@ __device__ __forceinline__ Candidate block_best(Candidate mine, Candidate* scrat
   return scratch[0];
 }
 
-struct Workspace {
-  double* windows;        // [batch, rows, places], places = cols - width + 1
-  double* chunks;         // [batch, rows / kChunk, places]
-  Candidate* candidates;  // [batch, blocks of slide_down]
-};
+// What the batch leaves in the workspace: vectors over the places for every matrix and chunk.
+struct Slots {
+  int64_t places;
+  double* left;      // [batch, chunks]: sums of the leaving rows, or of the core's
+  double* moved;     // [batch, moves]: how far each chunk's pairs take the window
+  double* best;      // [batch, moves]: the furthest it gets on the way, and at which row
+  int64_t* at;       // [batch, moves]
+  Candidate* bests;  // [batch, settle's blocks], two values each
 
-template <typename T>
-__global__ void row_windows(const T* score, MaxWindowParams p, double* windows) {
-  double* scratch = cuda::shared_memory<double>();
-  const int64_t places = p.cols - p.width + 1;
-  const int64_t row = blockIdx.x;
-  const T* values = score + blockIdx.y * p.batch_stride + row * p.row_stride;
-  double* out = windows + (blockIdx.y * p.rows + row) * places;
-
-  double first = 0.0;
-  for (int64_t j = threadIdx.x; j < p.width; j += kThreads) {
-    first += to_double(values[j * p.col_stride]);
+  static int64_t blocks(const MaxWindowPlan& plan) { return ceil_div(plan.places, 32); }
+  static int64_t count(const MaxWindowPlan& plan) {
+    return (plan.chunks + 3 * plan.moves) * plan.places + 2 * blocks(plan);
   }
-  double carry;
-  cuda::block_inclusive_scan<kThreads>(first, scratch, carry);
-  if (threadIdx.x == 0) out[0] = carry;
-
-  // Rows are scanned in tiles of one difference a thread. An infinite first window stays
-  // non-finite through the differences, so a bad value cannot hide.
-  for (int64_t tile = 1; tile < places; tile += kThreads) {
-    const int64_t j = tile + threadIdx.x;
-    double difference = 0.0;
-    if (j < places) {
-      difference = to_double(values[(j + p.width - 1) * p.col_stride]) -
-                   to_double(values[(j - 1) * p.col_stride]);
-    }
-    double sum;
-    const double scanned = cuda::block_inclusive_scan<kThreads>(difference, scratch, sum);
-    if (j < places) out[j] = carry + scanned;
-    carry += sum;
-  }
-}
-
-__global__ void chunk_sums(MaxWindowParams p, const double* windows, double* chunks) {
-  const int64_t places = p.cols - p.width + 1;
-  const int64_t col = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (col >= places) return;
-  const int64_t whole = p.rows / kChunk;
-  const double* values = windows + (blockIdx.z * p.rows + int64_t{blockIdx.y} * kChunk) * places;
-  double sum = 0.0;
-  for (int i = 0; i < kChunk; ++i) sum += values[i * places + col];
-  chunks[(blockIdx.z * whole + blockIdx.y) * places + col] = sum;
-}
-
-__global__ void slide_down(MaxWindowParams p, Workspace w) {
-  Candidate* scratch = cuda::shared_memory<Candidate>();
-  const int64_t places = p.cols - p.width + 1;
-  const int64_t positions = p.rows - p.height + 1;
-  const int64_t col = int64_t{blockIdx.x} * kThreads + threadIdx.x;
-  const int64_t top = int64_t{blockIdx.y} * kChunk;
-  const double* windows = w.windows + blockIdx.z * p.rows * places + col;
-  const double* chunks = w.chunks + blockIdx.z * (p.rows / kChunk) * places + col;
-
-  Candidate best{kLowest, p.rows * p.cols};
-  if (col < places) {
-    double total = 0.0;
-    const int64_t whole = p.height / kChunk;
-    for (int64_t c = 0; c < whole; ++c) total += chunks[(blockIdx.y + c) * places];
-    for (int64_t i = whole * kChunk; i < p.height; ++i) total += windows[(top + i) * places];
-    best = Candidate{total, top * p.cols + col};
-    const int64_t last = top + kChunk < positions ? top + kChunk : positions;
-    for (int64_t i = top + 1; i < last; ++i) {
-      total += windows[(i + p.height - 1) * places] - windows[(i - 1) * places];
-      const Candidate here{total, i * p.cols + col};
-      if (beats(here, best)) best = here;
-    }
-  }
-  best = block_best(best, scratch);
-  if (threadIdx.x == 0) {
-    w.candidates[(blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x] = best;
-  }
-}
-
-__global__ void pick(MaxWindowParams p, const Candidate* candidates, int64_t count) {
-  Candidate* scratch = cuda::shared_memory<Candidate>();
-  Candidate best{kLowest, p.rows * p.cols};
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    const Candidate here = candidates[blockIdx.x * count + i];
-    if (beats(here, best)) best = here;
-  }
-  best = block_best(best, scratch);
-  if (threadIdx.x == 0) {
-    const bool finite = best.total - best.total == 0.0;
-    p.row[blockIdx.x] = finite ? best.position / p.cols : -1;
-    p.col[blockIdx.x] = finite ? best.position % p.cols : -1;
-    p.total[blockIdx.x] = finite ? best.total : static_cast<double>(NAN);
-  }
-}
-
-struct Sizes {
-  int64_t places, chunk_rows, column_blocks, row_blocks;
-  int64_t windows, chunks, candidates;  // float64 values of each part of the workspace
-
-  explicit Sizes(const MaxWindowParams& p)
-      : places(p.cols - p.width + 1),
-        chunk_rows(p.rows / kChunk),
-        column_blocks(ceil_div(places, kThreads)),
-        row_blocks(ceil_div(p.rows - p.height + 1, kChunk)),
-        windows(p.batch * p.rows * places),
-        chunks(p.batch * chunk_rows * places),
-        candidates(p.batch * column_blocks * row_blocks * 2) {}
+  Slots(const MaxWindowPlan& plan, const MaxWindowParams& p)
+      : places(plan.places),
+        left(p.workspace),
+        moved(left + p.batch * plan.chunks * places),
+        best(moved + p.batch * plan.moves * places),
+        at(reinterpret_cast<int64_t*>(best + p.batch * plan.moves * places)),
+        bests(reinterpret_cast<Candidate*>(best + 2 * p.batch * plan.moves * places)) {}
 };
 static_assert(sizeof(Candidate) == 2 * sizeof(double), "the workspace counts in float64 values");
 
+// Neighbouring elements, moved by one load.
+template <typename T, int kSize>
+struct __align__(kSize * sizeof(T)) Vector {
+  T values[kSize];
+};
+
+// The part of a row that a block works on, seen by one thread.
+template <typename T, int kThreads, int kOwn, bool kWide>
+struct Tile {
+  static constexpr int kVector = kWide ? 16 / sizeof(T) : 1;
+  static constexpr int kVectors = kOwn / kVector;
+  static constexpr int kBatch = kThreads > 256 ? 1 : kOwn > 4 ? 2 : 4;  // as registers allow
+  static constexpr int64_t kPlaces = int64_t{kThreads} * kOwn;
+  using Values = Vector<T, kVector>;
+
+  int64_t begin;          // column of the tile's first window
+  int64_t own;            // this thread's columns, counted from `begin`, are own .. own + kOwn - 1
+  int64_t changes;        // windows after the first
+  int64_t middle;         // where the columns begin that stay in every window
+  int64_t width, inside;  // of a window; columns up to the row's end
+  int64_t stride;
+
+  // `score` is the first row's element at the tile's first column.
+  __device__ __forceinline__ Tile(const T* score, const MaxWindowParams& p, int64_t index)
+      : begin(index * kPlaces),
+        own(int64_t{threadIdx.x} * kOwn),
+        changes(p.cols - p.width - begin < kPlaces ? p.cols - p.width - begin : kPlaces),
+        middle(ceil_div(changes, kOwn) * kOwn),
+        width(p.width),
+        inside(p.cols - begin),
+        stride(p.col_stride) {}
+
+  // Zeros from `end` on, which cuts no vector.
+  __device__ __forceinline__ Values load(const T* row, int64_t col, int64_t end) const {
+    if (col >= end) return Values{};
+    return *reinterpret_cast<const Values*>(row + (kWide ? col : col * stride));
+  }
+
+  // Calls use(r, 0, x) with this thread's part x of the sum of rows[r] over the tile's first
+  // window, and use(r, 1 + i, x) with the change that follows at its column i. All loads but those
+  // of later batches are issued before any is used.
+  template <int kRows, typename Use>
+  __device__ __forceinline__ void read(const T* const (&rows)[kRows], const Use& use) const {
+    constexpr int64_t kStep = int64_t{kThreads} * kVector;
+    Values lost[kRows][kVectors], gained[kRows][kVectors], stays[kRows][kBatch];
+    double first[kRows] = {};
+    const bool fringe = own < middle;
+    int64_t col = middle + int64_t{threadIdx.x} * kVector;
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) {
+        const int64_t begins = own + v * kVector;
+        lost[r][v] = load(rows[r], begins, fringe ? inside : 0);
+        gained[r][v] = load(rows[r] + width * stride, begins, fringe ? inside - width : 0);
+      }
+    }
+    const auto load_batch = [&] {
+      for (int r = 0; r < kRows; ++r) {
+        for (int b = 0; b < kBatch; ++b) {
+          stays[r][b] = load(rows[r], col + b * kStep, width);
+        }
+      }
+    };
+    load_batch();
+    if (fringe) {
+      for (int r = 0; r < kRows; ++r) {
+        for (int v = 0; v < kVectors; ++v) {
+          const bool in_first = own + v * kVector < width;
+          for (int i = 0; i < kVector; ++i) {
+            const double out = to_double(lost[r][v].values[i]);
+            use(r, 1 + v * kVector + i, to_double(gained[r][v].values[i]) - out);
+            if (in_first) first[r] += out;
+          }
+        }
+      }
+    }
+#pragma unroll 1
+    while (col < width) {
+      for (int b = 0; b < kBatch && col + b * kStep < width; ++b) {
+        for (int r = 0; r < kRows; ++r) {
+          for (int i = 0; i < kVector; ++i) first[r] += to_double(stays[r][b].values[i]);
+        }
+      }
+      col += kBatch * kStep;
+      if (col < width) load_batch();
+    }
+    for (int r = 0; r < kRows; ++r) use(r, 0, first[r]);
+  }
+
+  // From what read() gives to windows[0], the sum of the tile's first window, and windows[1 + i],
+  // of the one that begins after own column i.
+  __device__ __forceinline__ void scan(double (&windows)[kOwn + 1], double* scratch) const {
+    double before = 0.0;
+    for (int i = 1; i <= kOwn; ++i) before += windows[i];
+    cuda::block_prefix_and_total<kThreads>(before, windows[0], scratch);
+    windows[1] += windows[0] + before;
+    for (int i = 2; i <= kOwn; ++i) windows[i] += windows[i - 1];
+  }
+
+  // Writes value(i) of window i of this thread's; a tile's first belongs to the tile before.
+  template <typename Out, typename Value>
+  __device__ __forceinline__ void store(Out* slot, const Value& value) const {
+    if (begin == 0 && threadIdx.x == 0) slot[0] = value(0);
+    for (int i = 1; i <= kOwn; ++i) {
+      if (own + i <= changes) slot[begin + own + i] = value(i);
+    }
+  }
+};
+
+template <typename T, int kThreads, int kOwn, bool kWide>
+__global__ void __launch_bounds__(kThreads, 512 / kThreads)
+    sweep(const T* score, MaxWindowParams p, MaxWindowPlan plan, Slots slots) {
+  const int64_t chunk = blockIdx.y, matrix = blockIdx.z;
+  const int64_t top = plan.first(chunk), end = plan.first(chunk + 1);
+  score +=
+      matrix * p.batch_stride + blockIdx.x * Tile<T, kThreads, kOwn, kWide>::kPlaces * p.col_stride;
+  const Tile<T, kThreads, kOwn, kWide> tile(score, p, blockIdx.x);
+  // Shared memory: scratch for two scans in turn, then this thread's own.
+  double* scratch = cuda::shared_memory<double>();
+  double* other_scratch = scratch + kThreads / 16;
+  double* left = scratch + kThreads / 8 + threadIdx.x;
+  double* best = left + (kOwn + 1) * kThreads;
+  int* at = reinterpret_cast<int*>(best - threadIdx.x + (kOwn + 1) * kThreads) + threadIdx.x;
+  for (int i = 0; i <= kOwn; ++i) left[i * kThreads] = 0.0;
+  double windows[kOwn + 1] = {};
+  if (chunk < plan.moves) {
+    double moved[kOwn + 1] = {};
+    for (int64_t k = top; k < end; ++k) {
+      const T* const pair[] = {score + k * p.row_stride, score + (p.height + k) * p.row_stride};
+      tile.read(pair, [&](int r, int i, double value) {
+        if (r == 0) left[i * kThreads] += value;
+        moved[i] += r == 0 ? -value : value;
+      });
+      for (int i = 0; i <= kOwn; ++i) windows[i] = moved[i];
+      tile.scan(windows, scratch);
+      double* const used = scratch;  // the next scan's, one barrier on, is the other
+      scratch = other_scratch;
+      other_scratch = used;
+      for (int i = 0; i <= kOwn; ++i) {
+        if (k == top || windows[i] > best[i * kThreads]) {
+          best[i * kThreads] = windows[i];
+          at[i * kThreads] = static_cast<int>(k - top);
+        }
+      }
+    }
+    const int64_t slot = (matrix * plan.moves + chunk) * slots.places;
+    tile.store(slots.moved + slot, [&](int i) { return windows[i]; });
+    tile.store(slots.best + slot, [&](int i) { return best[i * kThreads]; });
+    tile.store(slots.at + slot, [&](int i) { return top + 1 + at[i * kThreads]; });
+  } else {
+    const auto add = [&](int, int i, double value) { left[i * kThreads] += value; };
+    int64_t r = top;
+    for (; r + 1 < end; r += 2) {
+      const T* const two[] = {score + r * p.row_stride, score + (r + 1) * p.row_stride};
+      tile.read(two, add);
+    }
+    if (r < end) {
+      const T* const one[] = {score + r * p.row_stride};
+      tile.read(one, add);
+    }
+  }
+  for (int i = 0; i <= kOwn; ++i) windows[i] = left[i * kThreads];
+  tile.scan(windows, scratch);
+  tile.store(slots.left + (matrix * plan.chunks + chunk) * slots.places,
+             [&](int i) { return windows[i]; });
+}
+
+// A warp takes a run of the chunks, a lane a place.
+__global__ void __launch_bounds__(kSettleThreads)
+    settle(MaxWindowParams p, MaxWindowPlan plan, Slots slots) {
+  double* starts = cuda::shared_memory<double>();
+  double* moves = starts + kSettleThreads;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t matrix = blockIdx.y, place = int64_t{blockIdx.x} * 32 + lane;
+  const bool inside = place < slots.places;
+  const double* left = slots.left + matrix * plan.chunks * slots.places + place;
+  const int64_t first = matrix * plan.moves * slots.places + place;
+  const int64_t begin = plan.moves * warp / kSettleWarps;
+  const int64_t end = inside ? plan.moves * (warp + 1) / kSettleWarps : begin;
+
+  double start = 0.0, move = 0.0;
+  if (inside) {
+#pragma unroll 8
+    for (int64_t c = plan.starts * warp / kSettleWarps; c < plan.starts * (warp + 1) / kSettleWarps;
+         ++c) {
+      start += left[c * slots.places];
+    }
+  }
+#pragma unroll 8
+  for (int64_t c = begin; c < end; ++c) move += slots.moved[first + c * slots.places];
+  starts[threadIdx.x] = start;
+  moves[threadIdx.x] = move;
+  __syncthreads();
+  double here = 0.0;
+  for (int w = 0; w < kSettleWarps; ++w) here += starts[w * 32 + lane];
+  for (int w = 0; w < warp; ++w) here += moves[w * 32 + lane];
+  __syncthreads();
+
+  Candidate best{kLowest, p.rows * p.cols};
+  if (inside && warp == 0) best = Candidate{here, p.rank(0, place)};
+#pragma unroll 4
+  for (int64_t c = begin; c < end; ++c) {
+    const int64_t slot = first + c * slots.places;
+    const Candidate found{here + slots.best[slot], p.rank(slots.at[slot], place)};
+    if (beats(found, best)) best = found;
+    here += slots.moved[slot];
+  }
+  // An infinity or a NaN that was ever added stays in the sums.
+  if (inside && !(here - here == 0.0)) best.total = here;
+  best = block_best<kSettleThreads>(best, cuda::shared_memory<Candidate>());
+  if (threadIdx.x == 0) slots.bests[matrix * gridDim.x + blockIdx.x] = best;
+}
+
+__global__ void __launch_bounds__(kPickThreads)
+    pick(MaxWindowParams p, const Candidate* bests, int64_t count) {
+  Candidate best{kLowest, p.rows * p.cols};
+  for (int64_t i = threadIdx.x; i < count; i += kPickThreads) {
+    const Candidate here = bests[blockIdx.x * count + i];
+    if (beats(here, best)) best = here;
+  }
+  best = block_best<kPickThreads>(best, cuda::shared_memory<Candidate>());
+  if (threadIdx.x == 0) {
+    p.report(blockIdx.x, best.rank, best.total, best.total - best.total == 0.0);
+  }
+}
+
+template <typename T, int kThreads, int kOwn, bool kWide>
+void launch_sweep(const MaxWindowParams& p, const MaxWindowPlan& plan, const Slots& slots,
+                  cudaStream_t stream) {
+  const int64_t changes = std::max<int64_t>(plan.places - 1, 1);
+  const dim3 grid(static_cast<unsigned>(ceil_div(changes, Tile<T, kThreads, kOwn, kWide>::kPlaces)),
+                  static_cast<unsigned>(plan.chunks), static_cast<unsigned>(p.batch));
+  constexpr size_t kScratch = kThreads / 8 * sizeof(double);
+  constexpr size_t kOwned = kThreads * (kOwn + 1) * (2 * sizeof(double) + sizeof(int));
+  cuda::launch(sweep<T, kThreads, kOwn, kWide>, grid, dim3(kThreads), kScratch + kOwned, stream,
+               static_cast<const T*>(p.score), p, plan, slots);
+}
+
+// Whether rows, windows and matrices begin and end at multiples of 16 bytes.
+template <typename T>
+bool is_wide(const MaxWindowParams& p) {
+  constexpr int64_t kVector = 16 / sizeof(T);
+  return p.col_stride == 1 && reinterpret_cast<uintptr_t>(p.score) % 16 == 0 &&
+         (p.row_stride | p.batch_stride | p.cols | p.width) % kVector == 0;
+}
+
 template <typename T>
 void search(const MaxWindowParams& p, cudaStream_t stream) {
-  const Sizes s(p);
-  const Workspace w{p.workspace, p.workspace + s.windows,
-                    reinterpret_cast<Candidate*>(p.workspace + s.windows + s.chunks)};
-  const auto batch = static_cast<unsigned>(p.batch);
-  const auto columns = static_cast<unsigned>(s.column_blocks);
-  const size_t scratch = kThreads * sizeof(Candidate);
-  cuda::launch(row_windows<T>, dim3(static_cast<unsigned>(p.rows), batch), dim3(kThreads),
-               kThreads / 32 * sizeof(double), stream, static_cast<const T*>(p.score), p,
-               w.windows);
-  if (s.chunk_rows > 0) {
-    cuda::launch(chunk_sums, dim3(columns, static_cast<unsigned>(s.chunk_rows), batch),
-                 dim3(kThreads), 0, stream, p, w.windows, w.chunks);
+  constexpr int kVector = 16 / sizeof(T);
+  const MaxWindowPlan plan(p, kChunks);
+  const Slots slots(plan, p);
+  if (!is_wide<T>(p)) {
+    launch_sweep<T, 256, 4, false>(p, plan, slots, stream);
+  } else if (plan.places - 1 <= Tile<T, 256, kVector, true>::kPlaces) {
+    launch_sweep<T, 256, kVector, true>(p, plan, slots, stream);
+  } else {
+    launch_sweep<T, 512, kVector == 2 ? 4 : 8, true>(p, plan, slots, stream);
   }
-  cuda::launch(slide_down, dim3(columns, static_cast<unsigned>(s.row_blocks), batch),
-               dim3(kThreads), scratch, stream, p, w);
-  cuda::launch(pick, dim3(batch), dim3(kThreads), scratch, stream, p, w.candidates,
-               s.column_blocks * s.row_blocks);
+  const auto batch = static_cast<unsigned>(p.batch);
+  const int64_t blocks = Slots::blocks(plan);
+  cuda::launch(settle, dim3(static_cast<unsigned>(blocks), batch), dim3(kSettleThreads),
+               kSettleThreads * sizeof(Candidate), stream, p, plan, slots);
+  cuda::launch(pick, dim3(batch), dim3(kPickThreads), kPickThreads * sizeof(Candidate), stream, p,
+               slots.bests, blocks);
 }
 
 }  // namespace
 
 int64_t max_window_workspace_cuda(const MaxWindowParams& p) {
-  const Sizes s(p);
-  return s.windows + s.chunks + s.candidates;
+  return p.batch * Slots::count(MaxWindowPlan(p, kChunks));
 }
 
 void max_window_cuda(const MaxWindowParams& p, void* stream) {
@@ -198,10 +369,9 @@ void max_window_cuda(const MaxWindowParams& p, void* stream) {
       return search<half>(p, on);
     case DType::bf16:
       return search<bfloat16>(p, on);
-    case DType::i64:
-      break;
+    default:
+      throw std::logic_error("max_window: dtype the binding does not admit");
   }
-  throw std::logic_error("max_window: dtype the binding does not admit");
 }
 
 }  // namespace pkt

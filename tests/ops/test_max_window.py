@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from pkt_ext.ops import max_window, max_window_reference
 
-# rows, cols, height, width: one element, whole matrix, below, at and above a tile, primes
+# rows, cols, height, width: one element, whole matrix, below, at and above a tile, primes; windows
+# with and without rows that none of them leaves; 16-byte loads possible and not
 SHAPES = [
     (1, 1, 1, 1),
     (7, 9, 3, 4),
@@ -18,6 +19,12 @@ SHAPES = [
     (131, 263, 67, 5),
     (65, 300, 3, 299),
     (193, 40, 129, 17),
+    (50, 40, 9, 17),
+    (40, 64, 33, 40),
+    (41, 72, 16, 8),
+    (5, 1300, 3, 100),
+    (4, 2640, 2, 40),
+    (2, 4208, 1, 16),
 ]
 
 
@@ -40,6 +47,17 @@ def test_matches_brute_force(backend, shape, dtype):
     row, col, total = brute_force(score, height, width)
     assert (int(found.row), int(found.col)) == (row, col)
     assert float(found.total) == pytest.approx(total, rel=(rows + cols) * 2.0**-53)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_whole_numbers_tie_as_the_oracle_does(backend, shape):
+    rows, cols, height, width = shape
+    generator = torch.Generator().manual_seed(rows + cols)
+    score = torch.randint(0, 2, (rows, cols), generator=generator).float()
+    score[-1], score[:, -1] = score[0], score[:, 0]  # so that windows at either end tie more often
+    for matrix, (a, b) in ((score, (height, width)), (score.t(), (width, height))):
+        found = max_window(matrix.to(backend.device), a, b)
+        assert tuple(float(part) for part in found) == brute_force(matrix, a, b)
 
 
 def test_strided_views_and_batches(backend):
@@ -69,6 +87,8 @@ def test_planted_tie_goes_to_the_first_row_then_column(backend):
         score[row, col] = 3.0
     found = max_window(score, 1, 1)
     assert (int(found.row), int(found.col), float(found.total)) == (20, 300, 3.0)
+    found = max_window(score.t(), 1, 1)
+    assert (int(found.row), int(found.col), float(found.total)) == (0, 90, 3.0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

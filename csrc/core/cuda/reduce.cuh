@@ -1,35 +1,51 @@
 // SPDX-License-Identifier: Apache-2.0
-// Block-wide sum and prefix sum in a fixed order: equal runs give equal bits.
+// Sums over a warp and a block in a fixed order: equal runs give equal bits.
 #pragma once
 
 #include "core/cuda/launch.cuh"
 
 namespace pkt::cuda {
 
-// Inclusive prefix sum over the threads of a block of `kThreads` (a multiple of 32, at most 1024).
-// `scratch` holds kThreads / 32 values of shared memory; `total` gets the block's sum. Ends with
-// every thread past its last read of `scratch`.
-template <int kThreads>
-__device__ __forceinline__ double block_inclusive_scan(double value, double* scratch,
-                                                       double& total) {
-  static_assert(kThreads % 32 == 0 && kThreads <= 1024, "whole warps, one block");
-  constexpr int kWarps = kThreads / 32;
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
+// Sum over the warp, in every lane.
+__device__ __forceinline__ double warp_sum(double value) {
+  for (int bit = 16; bit > 0; bit /= 2) value += __shfl_xor_sync(0xffffffffu, value, bit);
+  return value;
+}
+
+// Sum over the lanes up to this one.
+__device__ __forceinline__ double warp_scan(double value, int lane) {
   for (int offset = 1; offset < 32; offset *= 2) {
     const double below = __shfl_up_sync(0xffffffffu, value, offset);
     if (lane >= offset) value += below;
   }
-  if (lane == 31) scratch[warp] = value;
-  __syncthreads();
-  double before = 0.0;
-  total = 0.0;
-  for (int w = 0; w < kWarps; ++w) {
-    if (w == warp) before = total;
-    total += scratch[w];
+  return value;
+}
+
+// Over a block of kThreads (a multiple of 32): `prefix` becomes its sum over the threads before
+// this one, `total` its sum over all. `scratch` is kThreads / 16 values of shared memory; there is
+// one barrier, so two calls in a row need different ones.
+template <int kThreads>
+__device__ __forceinline__ void block_prefix_and_total(double& prefix, double& total,
+                                                       double* scratch) {
+  static_assert(kThreads % 32 == 0 && kThreads <= 1024, "whole warps, one block");
+  constexpr int kWarps = kThreads / 32;
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const double scanned = warp_scan(prefix, lane);
+  const double summed = warp_sum(total);
+  if (lane == 31) {
+    scratch[warp] = scanned;
+    scratch[kWarps + warp] = summed;
   }
   __syncthreads();
-  return before + value;
+  const double before = __shfl_up_sync(0xffffffffu, scanned, 1);
+  prefix = 0.0;
+  total = 0.0;
+  for (int w = 0; w < kWarps; ++w) {
+    if (w < warp) prefix += scratch[w];
+    total += scratch[kWarps + w];
+  }
+  if (lane > 0) prefix += before;
 }
 
 }  // namespace pkt::cuda
