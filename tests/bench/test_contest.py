@@ -151,6 +151,8 @@ def test_bytes_and_flops_by_hand():
     assert Linear("", 2, 3, (3, 4)).work() == Work(84, 7 * 5 * 4 + 6 * 4 + 6 * 8)
     assert Linear("", 2, 3, (3, 4), torch.bfloat16).work() == Work(84, 7 * 5 * 2 + 6 * 2 + 6 * 8)
     assert Linear("", 2, 3, (7,), sums=True).work() == Work(84, 7 * 5 * 4 + 6 * 4)
+    assert Linear("", 2, 3, (7,)).work("cuda").flops == 3 * 84  # float32 as three products
+    assert Linear("", 2, 3, (7,), torch.float16).work("cuda").flops == 84
     # 20 elements, 3 x 2 positions
     assert Window("", 4, 5, 2, 4).work() == Work(20 + 12, 80)
     # 8 passes over 2 matrices of 6 elements in 2 bytes, 16 columns; three slices on a GPU
