@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sensitivity of what lies outside the blocks: embedding, head, position embedding.
 
-The score of the embedding or the head is [V, D], the model's largest; it exists a chunk of rows at
-a time and is reduced to column sums at once, all that a window along the hidden axis needs.
+The score of the embedding or the head is [V, D], the model's largest, and never exists: the ops
+give its column sums, all that a window along the hidden axis needs. The head's output gradients
+exist for a chunk of vocabulary rows at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -16,7 +17,7 @@ from pkt_ext import ops
 from pkt_ext.errors import InputError
 from pkt_ext.streaming.passes import Pass, not_finite
 
-_CHUNK = 2**23  # elements of a chunk's score, or of its output gradients, whichever is more
+_CHUNK = 2**23  # elements of a chunk of the head, or of its output gradients, whichever is more
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,29 +31,6 @@ class OuterScores:
     weight: Callable[[], torch.Tensor]  # loads [V, D]
 
 
-@dataclass
-class _Sums:
-    """Reduces rows of scores to column sums; fills the whole score too where there is one."""
-
-    parameter: str
-    width: int
-    device: torch.device
-    wanted: torch.Tensor | None  # bool [V]: rows that count
-    full: torch.Tensor | None  # fp32 [V, D]
-    columns: torch.Tensor = field(init=False)
-
-    def __post_init__(self):
-        self.columns = torch.zeros(self.width, dtype=torch.float64, device=self.device)
-
-    def add(self, ids: torch.Tensor, score: torch.Tensor) -> None:
-        """fp32 [K, D] scores of the distinct tokens `ids` int64 [K]."""
-        if self.full is not None:
-            self.full[ids] += score
-        if self.wanted is not None:
-            score = score[self.wanted[ids]]
-        self.columns += score.sum(0, dtype=torch.float64)
-
-
 def score_outer(
     run: Pass,
     on_outer: Callable[[OuterScores], None] | None = None,
@@ -64,7 +42,7 @@ def score_outer(
 
     Args:
         on_outer: given the embedding's scores, then the head's.
-        tokens:   int64 [K], the rows that count; None is all.
+        tokens:   int64 [K], the rows that count; None is all. Not together with `full`.
         full:     filled with {parameter name: fp32 score} of everything here; costs their size.
     Raises:
         InputError: NaN or infinity, by parameter and sample.
@@ -76,31 +54,38 @@ def score_outer(
         wanted = torch.zeros(vocab, dtype=torch.bool, device=stream.device)
         wanted[tokens.to(stream.device)] = True
 
-    def sums(name: str) -> _Sums:
-        whole = None
+    def sums(name: str) -> ops.SensitivitySums:
         if full is not None:
-            whole = full[name] = torch.zeros(vocab, width, device=stream.device)
-        return _Sums(name, width, stream.device, wanted, whole)
+            full[name] = torch.zeros(vocab, width, device=stream.device)
+        return ops.SensitivitySums.zeros((vocab, width), device=stream.device, cols=True)
 
     embedding = sums(stream.embedding_name)
     head = embedding if stream.anatomy.tied else sums(stream.head_name)
-    _score_first(run, embedding, full)
-    _score_head(run, head, wanted)
+    _score_first(run, embedding, wanted, full)
+    _score_head(run, head, wanted, full)
     if on_outer is None:
         return
-    for name, found in (("embedding", embedding), ("head", head)):
+    for name, parameter, found in (
+        ("embedding", stream.embedding_name, embedding),
+        ("head", stream.head_name, head),
+    ):
         on_outer(
             OuterScores(
                 name,
-                found.parameter,
-                found.columns,
-                float(found.columns.sum()),
-                lambda key=found.parameter: stream.fetch([key])[key],
+                parameter,
+                found.cols,
+                float(found.total),
+                lambda key=parameter: stream.fetch([key])[key],
             )
         )
 
 
-def _score_first(run: Pass, sums: _Sums, full: dict[str, torch.Tensor] | None) -> None:
+def _score_first(
+    run: Pass,
+    sums: ops.SensitivitySums,
+    wanted: torch.Tensor | None,
+    full: dict[str, torch.Tensor] | None,
+) -> None:
     """Embedding and positions. A tied embedding's gradients are kept for the head's turn."""
     stream = run.stream
     for number, row, gradients in run.first_gradients():
@@ -118,35 +103,43 @@ def _score_first(run: Pass, sums: _Sums, full: dict[str, torch.Tensor] | None) -
             if name != stream.embedding_name and full is None:
                 continue
             ids = gradient.indices()[0] if gradient.is_sparse else slice(None)
-            score = torch.zeros_like(values, dtype=torch.float32)
-            ops.accumulate_sensitivity_(score, held[name].detach()[ids], values)
-            if name == stream.embedding_name:
-                sums.add(ids, score)
+            weight = held[name].detach()
+            if full is None:
+                if wanted is not None:
+                    values, ids = values[wanted[ids]], ids[wanted[ids]]
+                ops.accumulate_sensitivity_(None, weight[ids], values, sums=sums)
             else:
+                score = torch.zeros_like(values, dtype=torch.float32)
+                ops.accumulate_sensitivity_(score, weight[ids], values)
                 whole = full.setdefault(name, torch.zeros(gradient.shape, device=stream.device))
                 whole[ids] += score
 
 
-def _score_head(run: Pass, sums: _Sums, wanted: torch.Tensor | None) -> None:
+def _score_head(
+    run: Pass,
+    sums: ops.SensitivitySums,
+    wanted: torch.Tensor | None,
+    full: dict[str, torch.Tensor] | None,
+) -> None:
     """The head, a chunk of vocabulary rows at a time over all samples."""
     stream = run.stream
     everything = torch.arange(stream.anatomy.vocab_size, device=stream.device)
-    ids = everything if wanted is None or sums.full is not None else everything[wanted]
+    ids = everything if wanted is None else everything[wanted]
     rows = max(batch.labels.numel() for batch in run.batches)
     with run.resident([stream.head_name]):
         weight = stream.head.weight.detach()
         for chunk in ids.split(max(64, _CHUNK // max(rows, weight.shape[1]))):
             start, end = int(chunk[0]), int(chunk[-1]) + 1
             part = weight[start:end] if end - start == len(chunk) else weight[chunk]
-            score = torch.zeros(part.shape, device=stream.device)
+            score = None if full is None else full[stream.head_name][start:end]
             for number, inputs, grads, segments in run.readout.head_gradients(part, chunk):
                 if stream.anatomy.tied:
                     inputs, grads, segments = _with_embedding(
                         run, number, chunk, inputs, grads, segments
                     )
-                ops.linear_sensitivity_(score, part, inputs, grads, segments)
-            _check_head(run, score, chunk)
-            sums.add(chunk, score)
+                ops.linear_sensitivity_(score, part, inputs, grads, segments, sums=sums)
+            if sums.nonfinite:
+                _blame_head(run, chunk)
 
 
 def _with_embedding(run: Pass, number: int, chunk: torch.Tensor, inputs, grads, segments):
@@ -170,10 +163,8 @@ def _with_embedding(run: Pass, number: int, chunk: torch.Tensor, inputs, grads, 
     return x, g, torch.tensor(offsets, device=segments.device)
 
 
-def _check_head(run: Pass, score: torch.Tensor, chunk: torch.Tensor) -> None:
+def _blame_head(run: Pass, chunk: torch.Tensor) -> None:
     """Name the weight or the sample that makes a chunk's scores NaN or infinite."""
-    if torch.isfinite(score.sum(dtype=torch.float64)):
-        return
     stream = run.stream
     weight = stream.head.weight.detach()[chunk]
     guilty = None

@@ -12,6 +12,7 @@ row sums, norms by autograd through the module itself. A sample's loss is its me
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ class BlockScores:
 
     index: int
     total: float  # S3: the sum over every parameter of the block, in float64
-    scores: dict[str, torch.Tensor]  # name relative to the block -> fp32, the stored shape
+    totals: dict[str, float]  # name relative to the block -> its part of the total
+    scores: dict[str, torch.Tensor]  # the same names -> fp32, the stored shape
     weights: dict[str, torch.Tensor]  # the same names; to be used during the callback only
 
 
@@ -147,6 +149,9 @@ class _BlockScorer(Visitor):
             n: torch.zeros(p.shape, dtype=torch.float32, device=p.device)
             for n, p in self._weights.items()
         }
+        self._totals = {
+            n: ops.SensitivitySums.zeros(p.shape, device=p.device) for n, p in self._weights.items()
+        }
         self._matmuls = set(matmul_modules(block))
         self._reached: set[str] = set()
 
@@ -170,7 +175,7 @@ class _BlockScorer(Visitor):
         self._check(index, batch)
 
     def finished(self, index: int, block: nn.Module) -> None:
-        """Check, add up and hand over the block's scores."""
+        """Check and hand over the block's scores."""
         path = self.stream.anatomy.blocks[index]
         names = self.stream.block_names[index]
         if missing := [n for n in self._scores if n not in self._reached]:
@@ -178,16 +183,17 @@ class _BlockScorer(Visitor):
                 f"{path}: no gradient reaches {', '.join(missing[:6])}; this model's blocks "
                 "cannot be scored"
             )
-        total = 0.0
-        for name, score in self._scores.items():
-            part = float(score.sum(dtype=torch.float64))
-            if part - part != 0:
-                # every gradient was finite: a weight is not, or the sum has left fp32's range
+        sums = self._totals.values()
+        flags = torch.stack([s.nonfinite for s in sums]).tolist()
+        totals = dict(zip(self._totals, torch.stack([s.total for s in sums]).tolist(), strict=True))
+        for name, flag in zip(totals, flags, strict=True):
+            if flag:
+                # every gradient was finite: a weight is not, or a score has left fp32's range
                 what = f"scores of parameter {name}"
                 raise InputError(not_finite(self.stream, None, path, names, what))
-            total += part
-        self.on_block(BlockScores(index, total, self._scores, self._weights))
-        self._scores, self._weights = {}, {}
+        total = math.fsum(totals.values())
+        self.on_block(BlockScores(index, total, totals, self._scores, self._weights))
+        self._scores, self._weights, self._totals = {}, {}, {}
 
     def last_gradients(self, sample: str, gradients: dict[str, torch.Tensor]) -> None:
         """Score the final norm."""
@@ -207,12 +213,12 @@ class _BlockScorer(Visitor):
                 "model is not supported"
             )
         name = f"{call.name}.weight"
-        score, weight = self._scores[name], self._weights[name]
+        score, weight, sums = self._scores[name], self._weights[name], self._totals[name]
         # the padding's rows of `grads` are exactly zero: no later token is seen by an earlier one
         if isinstance(call.module, Conv1D):  # stored [in, out]: the same sum with the roles changed
-            ops.linear_sensitivity_(score, weight, grads, inputs, batch.segments)
+            ops.linear_sensitivity_(score, weight, grads, inputs, batch.segments, sums=sums)
         else:
-            ops.linear_sensitivity_(score, weight, inputs, grads, batch.segments)
+            ops.linear_sensitivity_(score, weight, inputs, grads, batch.segments, sums=sums)
         per_sample = grads.unflatten(0, (size, length)).sum(1, dtype=torch.float32)  # [B, D_out]
         self._sums.append((name, per_sample.sum(1)))
         if call.module.bias is not None:
@@ -252,7 +258,9 @@ class _BlockScorer(Visitor):
         raise InputError(not_finite(self.stream, sample, path, names, what))
 
     def _add(self, name: str, gradient: torch.Tensor) -> None:
-        ops.accumulate_sensitivity_(self._scores[name], self._weights[name], gradient)
+        ops.accumulate_sensitivity_(
+            self._scores[name], self._weights[name], gradient, sums=self._totals[name]
+        )
 
     @staticmethod
     def _by_sample(tensor: torch.Tensor, size: int, length: int) -> torch.Tensor:

@@ -77,16 +77,18 @@ class Cutter:
                 mine.matrix(scores.scores[f"{mine.module}.weight"]),
                 mine.matrix(scores.weights[f"{mine.module}.weight"]),
                 theirs.shape,
+                scores.totals[f"{mine.module}.weight"] if mine.rows is None else None,
             )
             for role, (mine, theirs) in self.plan.cuts.items()
         }
 
-    def _cut(self, name: str, score, weight, shape) -> tuple:
+    def _cut(self, name: str, score, weight, shape, whole: float | None) -> tuple:
         """S5, S6: [n, m] score and weight -> B [n', r], A [r, m'] and the window's record."""
         with self.clock("windows"):
             window = ops.max_window(score, *shape)
             row, col, total = int(window.row), int(window.col), float(window.total)
-            whole = float(score.sum(dtype=torch.float64))
+            if whole is None:  # the total is of the fused projections together
+                whole = float(score.sum(dtype=torch.float64))
         matrix = weight[row : row + shape[0], col : col + shape[1]]
         return self._factor(name, matrix, row, col, total, whole)
 

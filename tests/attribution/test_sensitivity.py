@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from pkt_ext import ops
 from pkt_ext.attribution.sensitivity import sensitivity, stream_sensitivity
 from pkt_ext.errors import InputError
 from pkt_ext.streaming.blocks import StreamedModel
@@ -22,7 +23,11 @@ def run(source, rows, *, dtype=torch.float32, micro_batch=2, **options):
 
     def on_block(block):
         path = stream.anatomy.blocks[block.index]
-        assert block.scores.keys() == block.weights.keys()
+        assert block.scores.keys() == block.weights.keys() == block.totals.keys()
+        for name, score in block.scores.items():
+            whole = score.sum(dtype=torch.float64).item()
+            assert block.totals[name] == pytest.approx(whole, rel=1e-6), name
+        assert block.total == pytest.approx(sum(block.totals.values()), rel=1e-12)
         scores.update({f"{path}.{n}": s for n, s in block.scores.items()})
         totals[block.index] = block.total
 
@@ -163,6 +168,24 @@ def test_token_restriction_leaves_the_other_rows_out(family, tmp_path):
     for found in outer.values():
         expected = truth[found.parameter][tokens].sum(0, dtype=torch.float64)
         torch.testing.assert_close(found.column_sums, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_scores_of_embedding_and_head_are_never_formed(family, tmp_path, monkeypatch):
+    seen = []
+    for name in ("linear_sensitivity_", "accumulate_sensitivity_"):
+        op = getattr(ops, name)
+
+        def spy(score, weight, *operands, op=op, **options):
+            if options and options["sums"].cols is not None:
+                seen.append((op.__name__, score))
+            op(score, weight, *operands, **options)
+
+        monkeypatch.setattr(ops, name, spy)
+    run(zoo.save(zoo.build(family), tmp_path), published.samples((9, 4), vocab=zoo.VOCAB))
+    assert {score for _, score in seen} == {None}
+    untied = {"accumulate_sensitivity_"} if family == "llama" else set()  # the embedding by itself
+    assert {name for name, _ in seen} == {"linear_sensitivity_"} | untied
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
