@@ -39,16 +39,17 @@ struct OrientFactorsParams {
   int64_t rows, cols, rank;
 };
 
-// out = A thin (or A^T thin) for a float32 `thin` factor, A widened a cache block at a time; CPU
-// only, since cuBLAS does this at the memory's speed. Equal bits on any thread count.
+// out = thin A^T (or thin A), or out += that, for a float32 `thin` factor, A widened in registers;
+// CPU only, since cuBLAS does this at the memory's speed. Equal bits on any thread count.
 struct ThinProductParams {
   const void* matrix;              // A [rows, cols] of `dtype`, each row contiguous
-  const float* thin;               // [transposed ? rows : cols, columns], contiguous
-  float* out;                      // [transposed ? cols : rows, columns], contiguous
+  const float* thin;               // [columns, transposed ? rows : cols], contiguous
+  float* out;                      // [columns, transposed ? cols : rows], contiguous
   DType dtype;                     // f32, f16 or bf16
   int64_t rows, cols, row_stride;  // the stride in elements
-  int64_t columns;                 // a multiple of 16
-  bool transposed;
+  int64_t columns;                 // a multiple of 8
+  bool transposed, accumulate;
+  int variant;  // -1: the best this CPU has; 0: baseline, 1: AVX2, 2: AVX-512, or the next it has
 };
 
 void thin_product_cpu(const ThinProductParams& params, int threads);

@@ -80,7 +80,7 @@ void orient_factors(py::handle left, py::handle right, py::handle left_scale,
 }
 
 void thin_product(py::handle matrix, py::handle thin, py::handle out, bool transposed,
-                  int threads) {
+                  bool accumulate, int threads, int variant) {
   const TensorView a = view(matrix, "matrix", 2, {DType::f32, DType::f16, DType::bf16});
   const TensorView t = dense(thin, "thin", 2, {DType::f32}, &a);
   const TensorView o = dense(out, "out", 2, {DType::f32}, &a);
@@ -89,13 +89,12 @@ void thin_product(py::handle matrix, py::handle thin, py::handle out, bool trans
     throw py::value_error("matrix: expected contiguous rows, got a column stride of " +
                           std::to_string(a.stride[1]));
   }
-  const int64_t columns = t.shape[1];
-  if (columns % 16 != 0) {
-    throw py::value_error("thin: expected a multiple of 16 columns, got " +
-                          std::to_string(columns));
+  const int64_t columns = t.shape[0];
+  if (columns % 8 != 0) {
+    throw py::value_error("thin: expected a multiple of 8 rows, got " + std::to_string(columns));
   }
-  check_shape(t, "thin", {a.shape[transposed ? 0 : 1], columns});
-  check_shape(o, "out", {a.shape[transposed ? 1 : 0], columns});
+  check_shape(t, "thin", {columns, a.shape[transposed ? 0 : 1]});
+  check_shape(o, "out", {columns, a.shape[transposed ? 1 : 0]});
   const ThinProductParams p{a.data,
                             static_cast<const float*>(t.data),
                             static_cast<float*>(o.data),
@@ -104,7 +103,9 @@ void thin_product(py::handle matrix, py::handle thin, py::handle out, bool trans
                             a.shape[1],
                             a.stride[0],
                             columns,
-                            transposed};
+                            transposed,
+                            accumulate,
+                            variant};
   py::gil_scoped_release release;
   thin_product_cpu(p, threads);
 }
@@ -113,7 +114,8 @@ void thin_product(py::handle matrix, py::handle thin, py::handle out, bool trans
 
 void bind_low_rank(py::module_& m) {
   m.def("thin_product", &thin_product, py::arg("matrix"), py::arg("thin"), py::arg("out"),
-        py::arg("transposed"), py::arg("threads"));
+        py::arg("transposed"), py::arg("accumulate") = false, py::arg("threads") = 1,
+        py::arg("variant") = -1);
   m.def("split_slices", &split_slices, py::arg("values"), py::arg("scale"), py::arg("slices"),
         py::arg("lead"), py::arg("threads"), py::arg("stream"));
   m.def("merge_slices", &merge_slices, py::arg("parts"), py::arg("scale"), py::arg("out"),

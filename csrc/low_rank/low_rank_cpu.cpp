@@ -1,162 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// The truncated SVD's own work on the CPU.
-//
-// thin_product multiplies a large matrix, or its transpose, with a float32 factor of 16, 32, ...
-// columns. BLAS packs the large matrix first, which costs more than so thin a product itself. Here
-// six rows of it at a time meet the thin factor:
-//   A thin     6 x 16 accumulators in registers, over kBand columns of A;
-//   A^T thin   six rows of the factor in registers, kBand rows of the result in L1.
-// Rows of float32 are read where they lie (copies would be as slow as the products), 16-bit rows
-// are widened into L1. Partial sums are short, so rounding stays near that of a blocked sum. A task
-// owns rows of the result and adds to them in order: equal bits on any thread count. Bound: float32
-// FMA throughput (half of it below AVX-512), or reading the matrix once.
-//
-// The rest is glue: one read and one write of the thin factors, negligible beside the products.
+// The glue around the truncated SVD's products: one read and one write of the thin factors,
+// negligible beside them.
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
-#include <type_traits>
 
 #include "core/parallel.h"
 #include "low_rank/low_rank.h"
 
-// Multiply and add in one rounding where the clone's target has it; the rest of the project is
-// compiled without.
-#if defined(__GNUC__) && !defined(__clang__)
-#define PKT_FMA_CLONES PKT_SIMD_CLONES __attribute__((optimize("fp-contract=fast")))
-#else
-#define PKT_FMA_CLONES
-#endif
-
 namespace pkt {
 namespace {
 
-constexpr int64_t kRows = 6;       // of A at a time; by 16 columns 12 of AVX2's 16 registers
-constexpr int64_t kBand = 352;     // columns of A at a time: 16 columns of the factor fill L1
-constexpr int64_t kTaskRows = 96;  // of A, in a task of A thin
-
 constexpr int64_t kRowChunk = 256;  // rows per task: thin factors of 32 columns fill 32 KiB
-
-// GCC's vector of 16 floats becomes the clone's registers, one of AVX-512's or two of AVX2's.
-typedef float Lanes __attribute__((vector_size(64), aligned(4)));
-
-// out[r, 0:16] += sum over j < count of rows[r, j] * thin[j, 0:16], for six rows r
-PKT_FMA_CLONES void add_tile(const float* rows, int64_t step, int64_t count, const float* thin,
-                             int64_t thin_step, float* out, int64_t out_step) {
-  Lanes sums[kRows] = {};
-  for (int64_t j = 0; j < count; ++j) {
-    const Lanes factor = *(const Lanes*)(thin + j * thin_step);
-#pragma GCC unroll 6
-    for (int64_t r = 0; r < kRows; ++r) sums[r] += rows[r * step + j] * factor;
-  }
-#pragma GCC unroll 6
-  for (int64_t r = 0; r < kRows; ++r) *(Lanes*)(out + r * out_step) += sums[r];
-}
-
-// out[j, 0:16] += sum over six rows r of rows[r, j] * thin[r, 0:16], for j < count
-PKT_FMA_CLONES void add_outer(const float* rows, int64_t step, int64_t count, const float* thin,
-                              int64_t thin_step, float* out, int64_t out_step) {
-  Lanes factor[kRows];
-#pragma GCC unroll 6
-  for (int64_t r = 0; r < kRows; ++r) factor[r] = *(const Lanes*)(thin + r * thin_step);
-  for (int64_t j = 0; j < count; ++j) {
-    Lanes sum = rows[j] * factor[0];
-#pragma GCC unroll 5
-    for (int64_t r = 1; r < kRows; ++r) sum += rows[r * step + j] * factor[r];
-    *(Lanes*)(out + j * out_step) += sum;
-  }
-}
-
-template <typename T>
-PKT_SIMD_CLONES void widen(float* out, const T* values, int64_t count) {
-  for (int64_t j = 0; j < count; ++j) out[j] = to_float(values[j]);
-}
-
-// Six rows of A as float32, the missing ones zero: where they lie, or widened.
-template <typename T>
-struct Rows {
-  alignas(64) float buffer[kRows * kBand];
-  const float* data;
-  int64_t step;
-
-  // `more`: the six rows after these will be asked for next.
-  void load(const T* matrix, int64_t stride, int64_t rows, int64_t count, bool more) {
-    constexpr int64_t kLine = 64 / sizeof(T);
-    for (int64_t r = 0; more && r < kRows; ++r) {  // too short for the hardware's prefetcher
-      const T* next = matrix + (kRows + r) * stride;
-      for (int64_t j = 0; j < count; j += kLine) __builtin_prefetch(next + j);
-    }
-    if constexpr (std::is_same_v<T, float>) {
-      if (rows == kRows) {
-        data = matrix;
-        step = stride;
-        return;
-      }
-    }
-    std::fill(buffer + rows * kBand, buffer + kRows * kBand, 0.0f);
-    for (int64_t r = 0; r < rows; ++r) widen(buffer + r * kBand, matrix + r * stride, count);
-    data = buffer;
-    step = kBand;
-  }
-};
-
-// Rows first, first + 1, ... of A thin.
-template <typename T>
-void multiply(const ThinProductParams& p, int64_t first, int64_t last) {
-  Rows<T> rows;
-  std::fill(p.out + first * p.columns, p.out + last * p.columns, 0.0f);
-  for (int64_t j = 0; j < p.cols; j += kBand) {
-    const int64_t count = std::min(kBand, p.cols - j);
-    for (int64_t i = first; i < last; i += kRows) {
-      const int64_t present = std::min(kRows, last - i);
-      rows.load(static_cast<const T*>(p.matrix) + i * p.row_stride + j, p.row_stride, present,
-                count, i + 2 * kRows <= last);
-      for (int64_t c = 0; c < p.columns; c += 16) {
-        const float* thin = p.thin + j * p.columns + c;
-        float* out = p.out + i * p.columns + c;
-        if (present == kRows) {
-          add_tile(rows.data, rows.step, count, thin, p.columns, out, p.columns);
-        } else {
-          float tile[kRows * 16] = {};
-          add_tile(rows.data, rows.step, count, thin, p.columns, tile, 16);
-          for (int64_t k = 0; k < present * 16; ++k) out[k / 16 * p.columns + k % 16] += tile[k];
-        }
-      }
-    }
-  }
-}
-
-// Rows first, first + 1, ... (at most kBand) of A^T thin.
-template <typename T>
-void multiply_transposed(const ThinProductParams& p, int64_t first, int64_t last) {
-  Rows<T> rows;
-  std::fill(p.out + first * p.columns, p.out + last * p.columns, 0.0f);
-  for (int64_t i = 0; i < p.rows; i += kRows) {
-    const int64_t present = std::min(kRows, p.rows - i);
-    rows.load(static_cast<const T*>(p.matrix) + i * p.row_stride + first, p.row_stride, present,
-              last - first, i + 2 * kRows <= p.rows);
-    for (int64_t c = 0; c < p.columns; c += 16) {
-      const float* thin = p.thin + i * p.columns + c;
-      float* out = p.out + first * p.columns + c;
-      if (present == kRows) {
-        add_outer(rows.data, rows.step, last - first, thin, p.columns, out, p.columns);
-      } else {
-        float factor[kRows * 16] = {};
-        for (int64_t k = 0; k < present * 16; ++k) factor[k] = thin[k / 16 * p.columns + k % 16];
-        add_outer(rows.data, rows.step, last - first, factor, 16, out, p.columns);
-      }
-    }
-  }
-}
-
-template <typename T>
-void multiply_all(const ThinProductParams& p, int threads) {
-  const int64_t size = p.transposed ? p.cols : p.rows, step = p.transposed ? kBand : kTaskRows;
-  parallel_for(threads, ceil_div(size, step), [&](int64_t task) {
-    const int64_t first = task * step, last = std::min(size, first + step);
-    p.transposed ? multiply_transposed<T>(p, first, last) : multiply<T>(p, first, last);
-  });
-}
 
 template <typename T>
 PKT_SIMD_CLONES void split_row(const float* values, const float* scale, T* slices, int64_t cols) {
@@ -215,13 +70,6 @@ void orient(const OrientFactorsParams& p, int threads) {
 }
 
 }  // namespace
-
-void thin_product_cpu(const ThinProductParams& p, int threads) {
-  if (p.dtype == DType::f32) return multiply_all<float>(p, threads);
-  if (p.dtype == DType::f16) return multiply_all<half>(p, threads);
-  if (p.dtype == DType::bf16) return multiply_all<bfloat16>(p, threads);
-  throw std::logic_error("thin_product: dtype the binding does not admit");
-}
 
 void split_slices_cpu(const SplitSlicesParams& p, int threads) {
   if (p.dtype == DType::f16) return split<half>(p, threads);

@@ -9,6 +9,7 @@ import torch
 
 from pkt_ext.ops import _backend
 
+_ALONE = 1 << 25  # multiply-adds below which waking threads costs more than it saves
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -28,7 +29,7 @@ def on_threads(count: int) -> Iterator[None]:
 
 
 def thin_products(matrix: torch.Tensor, threads: int) -> tuple[Product, Product]:
-    """The maps of rows Z [b, N] -> Z A^T and Y [b, M] -> Y A for A [M, N], b a multiple of 16, in
+    """The maps of rows Z [b, N] -> Z A^T and Y [b, M] -> Y A for A [M, N], b a multiple of 8, in
     float32 (float64 for a float64 matrix), on `threads` CPU threads whatever the caller runs on."""
     m, n = matrix.shape
     if matrix.stride(0) == 1 and matrix.stride(1) >= m:
@@ -47,9 +48,25 @@ def _by_torch(matrix, threads: int, transposed: bool, thin: torch.Tensor) -> tor
 
 
 def _by_kernel(matrix, threads: int, transposed: bool, thin: torch.Tensor) -> torch.Tensor:
-    out = torch.empty(matrix.shape[1 if transposed else 0], len(thin))
-    _backend._C.thin_product(matrix, thin.T.contiguous(), out, transposed, threads)
-    return out.T.contiguous()
+    out = torch.empty(len(thin), matrix.shape[1 if transposed else 0])
+    _backend._C.thin_product(matrix, thin, out, transposed, threads=threads)
+    return out
+
+
+def project_out(rows: torch.Tensor, basis: torch.Tensor, threads: int) -> torch.Tensor:
+    """Take from rows [b, N], in place, what lies in the orthonormal basis [K, N]; returns the
+    coefficients [b, K]. b a multiple of 8; on the CPU in float32, equal bits on any thread count.
+    """
+    if rows.is_cuda or rows.dtype == torch.float64:
+        with on_threads(threads if len(basis) * rows.numel() > _ALONE else 1):
+            part = rows @ basis.T
+            torch.addmm(rows, part, basis, alpha=-1, out=rows)
+        return part
+    part = torch.empty(len(rows), len(basis))
+    product = _backend._C.thin_product
+    product(basis, rows, part, False, threads=threads)
+    product(basis, part.neg(), rows, True, accumulate=True, threads=threads)
+    return part
 
 
 def _sliced_products(matrix: torch.Tensor) -> tuple[Product, Product]:

@@ -1,41 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Leading singular triplets of weight matrices, and the LoRA factors made of them.
 
-Block Golub-Kahan-Lanczos with full reorthogonalisation and thick restarts: orthonormal bases of the
-block Krylov spaces of A^T A and A A^T grow by one block a step, A's projection onto them (`core`)
-is known exactly, and the part of A^T that leaves the bases gives every Ritz triplet's residual
-without another pass. A step costs two products with A; nothing ever copies A.
-
-When to stop. ||residual|| / (sigma_i - sigma_{r+1}), weighted by sigma_i, bounds the error of the
-product U S Vh, but measured 20 to 150 times over it, because residuals point at singular vectors
-far below the cut. So the bound only has to fall under 1/4, which rules out that a vector is missing
-or swapped, and the error is then read off how far the last step moved the product.
-
-Source: Golub, Luk, Overton, ACM TOMS 1981 (block bidiagonalisation); Baglama, Reichel, SISC 2005
-(restarts); Musco, Musco, NeurIPS 2015 (block Krylov needs few steps whatever the gap).
+Both iterate on the matrix as stored (`_krylov` tells how, and when they stop). What is near the
+full SVD's cost is left to the full SVD.
 """
 
 import itertools
-import math
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
 
 from pkt_ext.ops import _backend
-from pkt_ext.ops._thin_products import on_threads, thin_products
+from pkt_ext.ops._krylov import Found, Plan, bound, lanczos, not_finite
+from pkt_ext.ops._thin_products import on_threads
 
 Mode = Literal["converged", "fast", "exact"]
 
 _SMALL = 512  # up to this shorter side the full SVD is as quick as anything else
-_FAST_STEPS = 4  # eight passes: 0.998 of the optimal energy or more on weight-like spectra
-_BASIS = 1024  # basis vectors before a restart: more make orthogonalisation outweigh the passes
-_ALONE = 1 << 25  # multiply-adds below which waking threads costs more than it saves
-_GAP = 1e-4  # below this share of sigma_r the r-th subspace is not told apart from the next
-_SEPARATED = 0.25  # a residual bound under this leaves no doubt which triplets are the leading ones
 
 
 class LowRankReport(NamedTuple):
@@ -43,9 +27,8 @@ class LowRankReport(NamedTuple):
 
     `error` is a cautious estimate of ||U S Vh - best|| / ||best||, best being the full SVD's.
     `converged` says that it is at most `tol`. It is False where sigma_r and sigma_{r+1} lie closer
-    than 1e-4 sigma_r (or might: all r values equal and r a multiple of 16): the best approximation
-    is then not unique in practice, and the iteration ran until the singular values, hence the
-    captured energy, were within `tol` instead.
+    than 1e-4 sigma_r: the best approximation is then not unique in practice, and the iteration ran
+    until the singular values, hence the captured energy, were within `tol` instead.
     """
 
     converged: torch.Tensor  # bool
@@ -77,7 +60,9 @@ def truncated_svd(
             16-bit ones are never widened as a whole (full SVDs excepted).
         rank:   triplets wanted, 1 to min(M, N).
         tol:    relative error of the product, 0 < tol < 1; about 1e-5 is what float32 allows.
-        mode:   "converged"; "fast", eight passes whatever the spectrum; "exact", the full SVD.
+        mode:   "converged"; "fast", a number of passes that the rank alone decides (more where
+                singular values cluster), enough for 0.999 of the optimal energy on weight-like
+                spectra; "exact", the full SVD.
         seed:   of the random start.
         return_report: also return a `LowRankReport`.
     Returns:
@@ -143,11 +128,8 @@ def _decompose(matrix, rank, tol, mode, seed, reporting, powers):
     vh = torch.empty(*leading, rank, n, **empty)
     kinds = (torch.bool, torch.float64, torch.float64, torch.int64)
     report = LowRankReport(*(torch.empty(leading, dtype=kind) for kind in kinds))
-    # A block finds equal singular values as often as it has columns: as many as are wanted.
-    fast = mode == "fast"
-    block = 16 * -(-(rank + rank // 4 if fast else rank) // 16)
-    block = max(block, 64 if matrix.is_cuda else 32 if fast else 16)
-    exact = mode == "exact" or min(m, n) <= max(_SMALL, 8 * block)
+    plan = _plan(rank, mode == "fast", matrix.is_cuda)
+    exact = mode == "exact" or min(m, n) <= max(_SMALL, 8 * plan.widest)
     threads = torch.get_num_threads()
     with torch.no_grad(), _full_precision(matrix.device.type):
         for index in itertools.product(*map(range, leading)):
@@ -155,7 +137,7 @@ def _decompose(matrix, rank, tol, mode, seed, reporting, powers):
             found = None
             if not exact:
                 with on_threads(1):
-                    found = _lanczos(one, rank, block, tol, fast, seed, threads)
+                    found = lanczos(one, rank, plan, tol, seed, threads)
             found = found or _full_svd(one, rank, dtype)
             u[index], s[index], vh[index] = found.u, found.s, found.vh
             scales = (found.s**power for power in powers)
@@ -174,205 +156,23 @@ def _decompose(matrix, rank, tol, mode, seed, reporting, powers):
     return u, s, vh, report
 
 
-@dataclass(frozen=True)
-class _Found:
-    u: torch.Tensor  # [M, R]
-    s: torch.Tensor  # [R]
-    vh: torch.Tensor  # [R, N]
-    error: float
-    passes: int
+def _plan(rank: int, fast: bool, on_gpu: bool) -> Plan:
+    """Blocks for the fewest columns on the CPU, for the fewest passes on a GPU."""
+    if on_gpu:  # 64 columns cost what one does: the matrix has to be read
+        width = max(64, 16 * -(-(rank + rank // 4 if fast else rank + 1) // 16))
+        return Plan(width, width, 4 if fast else None)
+    width = 8 * -(-rank // 32)
+    steps = -(-(3 * rank + 24) // width)  # 0.999 of the optimal energy on weight-like spectra
+    return Plan(width, 8 * (rank // 8 + 1), steps if fast else None)
 
 
-def _full_svd(matrix: torch.Tensor, rank: int, dtype: torch.dtype) -> _Found:
+def _full_svd(matrix: torch.Tensor, rank: int, dtype: torch.dtype) -> Found:
     if not matrix.isfinite().all():
-        raise _not_finite(matrix)
+        raise not_finite(matrix)
     u, s, vh = torch.linalg.svd(matrix.to(dtype), full_matrices=False)
     sigma = s[: rank + 1].double().cpu()
-    error = _bound(sigma, torch.zeros(rank, dtype=torch.float64), torch.finfo(dtype).eps)
-    return _Found(u[:, :rank], s[:rank], vh[:rank], error, 0)
-
-
-def _bound(sigma: torch.Tensor, residual: torch.Tensor, precision: float) -> float:
-    """First-order bound of the product's relative error; infinite without a gap.
-
-    sigma: [R + 1] descending (or [R] where there is no next), residual: [R], both float64.
-    """
-    rank = len(residual)
-    floor = precision * float(sigma[0])
-    top, following = sigma[:rank], float(sigma[rank]) if len(sigma) > rank else 0.0
-    live = top > floor  # the others are rounding: they add nothing to the product
-    if not live.any():
-        return 0.0
-    gap = top - following
-    if live[-1] and float(gap[-1]) < _GAP * float(top[-1]):
-        return math.inf
-    return float((top * residual.clamp(min=floor) / gap)[live].norm() / top.norm())
-
-
-def _lanczos(matrix, rank, block, tol, fast, seed, threads) -> _Found | None:
-    """Top triplets by block Golub-Kahan-Lanczos (see the module's docstring), or None once that
-    has cost as much as the full SVD. Runs on one thread but for the products."""
-    flipped = matrix.shape[0] < matrix.shape[1]  # start on the shorter side: no null space there
-    apply, adjoint = thin_products(matrix.T if flipped else matrix, threads)
-    n, m = sorted(matrix.shape)
-    dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-    like = {"dtype": dtype, "device": matrix.device}
-    generator = torch.Generator().manual_seed(seed)
-    capacity = block * (_FAST_STEPS if fast else min(_BASIS, n - block) // block)
-    left = torch.empty(capacity, m, **like)  # rows are basis vectors, as in `right`
-    right = torch.empty(capacity + block, n, **like)
-    core = torch.empty(capacity, capacity + block, dtype=torch.float64, device=matrix.device)
-
-    start = torch.randn(block, n, generator=generator, dtype=dtype).to(matrix.device)
-    right[:block] = _orthonormalise(start, right[:0], generator, threads)[0]
-    size, steps, checked, moved, next_check = 0, 0, 0, 0.0, _FAST_STEPS if fast else 2
-    while True:
-        if size + block > capacity:
-            size, checked = _restart(left, right, core, size, rank, block), 0
-        here, after = slice(size, size + block), slice(size + block, size + 2 * block)
-        image = apply(right[here])
-        if steps == 0 and not image.isfinite().all():
-            raise _not_finite(matrix)
-        left[here], coupling, factor = _orthonormalise(image, left[:size], generator, threads)
-        core[:size, here], core[here, :size], core[here, here] = coupling.T, 0.0, factor.T
-        image = adjoint(left[here])
-        right[after], _, factor = _orthonormalise(image, right[: after.start], generator, threads)
-        core[:size, after], core[here, after] = 0.0, factor
-        size, steps = size + block, steps + 1
-
-        if steps < next_check:
-            continue
-        ritz = _assess(core[:size, : size + block], block, rank, 4 * torch.finfo(dtype).eps)
-        fall = 0.7
-        if checked and moved:
-            fall = min(0.99, max(0.01, (ritz.moved / moved) ** (1 / (steps - checked))))
-        error = ritz.error(fall)
-        if fast or error <= tol or (math.isinf(error) and ritz.residual <= tol) or ritz.settled:
-            break
-        if steps * block >= n:
-            return None
-        wait = steps // 4
-        if ritz.bound < 1.0:  # from here on both fall by a steady factor
-            excess = max(ritz.moved * fall / tol, ritz.bound / _SEPARATED, 1.0)
-            wait = min(int(0.8 * math.log(excess) / -math.log(fall)), steps // 2)
-        moved, checked, next_check = ritz.moved, steps, steps + max(1, wait)
-
-    on_left, s, on_right = (part.to(dtype) for part in ritz.triplets)
-    left, right = left[:size], right[: size + block]
-    if flipped:
-        return _Found(right.T @ on_right, s, on_left.T @ left, error, 2 * steps)
-    return _Found(left.T @ on_left, s, on_right.T @ right, error, 2 * steps)
-
-
-@dataclass(frozen=True)
-class _Ritz:
-    """What the core knows of the leading triplets."""
-
-    triplets: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # on the bases: [K, R], [R], [K', R]
-    moved: float  # how far the last step moved the product, relative to it
-    bound: float  # of the relative error of the product a step ago, from its residuals
-    noise: float  # of what rounding alone does to the product
-    residual: float  # the largest, in units of sigma_r
-    settled: bool  # no residual stands above rounding
-
-    def error(self, fall: float) -> float:
-        """The product's relative error, `fall` being the factor by which a step reduces it.
-
-        A step's move is nearly orthogonal to the error it leaves (the bases are nested), so a move
-        of d leaves d fall / sqrt(1 - fall^2): doubled, for caution.
-        """
-        left = self.moved * 2 * fall / math.sqrt(1 - fall**2)
-        return max(left, self.noise) if self.bound <= _SEPARATED else max(left, self.bound)
-
-
-def _assess(core: torch.Tensor, block: int, rank: int, precision: float) -> _Ritz:
-    """Compare the triplets of core [K, K + b] with those of a step ago, core[:-b, :-b]."""
-    earlier = len(core) - block
-    x, sigma, y = _triplets(core[:earlier, :-block], rank + 1)
-    residual = (core[earlier:, earlier:-block] @ y[-block:, :rank]).norm(dim=0).cpu()
-    on_left, s, on_right = _triplets(core, rank)
-    change = (on_left * s) @ on_right.T
-    change[:earlier, :-block] -= (x[:, :rank] * sigma[:rank]) @ y[:, :rank].T
-    sigma = sigma.cpu()
-    worst, smallest = float(residual.max()), float(sigma[rank - 1])
-    if block == rank and smallest > (1 - _GAP) * float(sigma[0]):
-        sigma[rank] = smallest  # all wanted values are equal: the block may have missed one more
-    return _Ritz(
-        triplets=(on_left, s, on_right),
-        moved=float(change.norm()) / max(float(s.norm()), torch.finfo(s.dtype).tiny),
-        bound=_bound(sigma, residual, precision),
-        noise=_bound(sigma, torch.zeros_like(residual), precision),
-        residual=worst / smallest if smallest else 0.0,
-        settled=worst <= precision * float(sigma[0]),
-    )
-
-
-def _triplets(core: torch.Tensor, count: int):
-    """Leading singular triplets of the core, both sides orthonormal even where values are zero."""
-    vectors = torch.linalg.eigh(core @ core.T).eigenvectors.flip(1)[:, :count]
-    q, r = torch.linalg.qr(core.T @ vectors)
-    x, s, zh = torch.linalg.svd(r.T)
-    return vectors @ x, s, q @ zh.T
-
-
-def _restart(left, right, core, size, rank, block) -> int:
-    """Keep the best Ritz triplets and the next block; returns the bases' new size."""
-    kept = rank + block // 2
-    on_left, s, on_right = _triplets(core[:size, :size], kept)
-    left[:kept] = on_left.T.to(left.dtype) @ left[:size]
-    following = right[size : size + block].clone()
-    right[:kept] = on_right.T.to(right.dtype) @ right[:size]
-    right[kept : kept + block] = following
-    core[:kept, :kept] = s.diag()
-    return kept
-
-
-def _orthonormalise(rows, basis, generator, threads):
-    """Split rows [b, n] = coefficients basis + factor q, q's rows orthonormal and off the basis.
-
-    Gram-Schmidt and CholeskyQR with a float64 Gram matrix, both twice. Directions that vanish to
-    rounding get a zero column in `factor` and a random row in q, so blocks keep their width.
-    """
-    coefficients = factor = None
-    for first in (True, False):
-        with on_threads(threads if len(basis) * rows.numel() > _ALONE else 1):
-            part = rows @ basis.T
-            rows = torch.addmm(rows, part, basis, alpha=-1)
-        part, wide = part.double(), rows.double()
-        gram = wide @ wide.T
-        lower, failed = torch.linalg.cholesky_ex(gram)
-        if first:  # rounding of the rows as they came: Pythagoras gives their norms
-            longest = float((part.square().sum(1) + gram.diagonal()).max().sqrt())
-            noise = torch.finfo(rows.dtype).eps * longest
-        if first and (failed or float(lower.diagonal().min()) <= noise):
-            rows, lower = _fill(rows, gram, noise, generator)
-        else:
-            inverse = torch.linalg.solve_triangular(
-                lower, torch.eye(len(lower), dtype=lower.dtype, device=lower.device), upper=False
-            )
-            rows = inverse.to(rows.dtype) @ rows
-        coefficients = part if first else coefficients + factor @ part
-        factor = lower if first else factor @ lower
-    return rows, coefficients, factor
-
-
-def _fill(rows, gram, noise, generator):
-    """`_orthonormalise`'s first round where rows depend on each other."""
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    kept = values > noise**2
-    root = torch.where(kept, values, 0.0).sqrt()
-    scaled = torch.where(kept, vectors / root.clamp(min=1e-300), 0.0).T.to(rows.dtype)
-    random = torch.randn(rows.shape, generator=generator, dtype=rows.dtype).to(rows.device)
-    random /= math.sqrt(rows.shape[1])
-    return torch.where(kept[:, None], scaled @ rows, random), vectors * root
-
-
-def _not_finite(matrix: torch.Tensor) -> ValueError:
-    bad = (~matrix.isfinite()).nonzero()
-    if len(bad):
-        return ValueError(f"matrix: NaN or infinity at {bad[0].tolist()}; repair the weights first")
-    return ValueError("matrix: its products overflow float32; scale it down, or pass float64")
+    error = bound(sigma, torch.zeros(rank, dtype=torch.float64), torch.finfo(dtype).eps)
+    return Found(u[:, :rank], s[:rank], vh[:rank], error, 0)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pkt_ext.ops import _backend, _thin_products, low_rank
+from pkt_ext.ops import _backend, _krylov, _thin_products
 from pkt_ext.ops.low_rank import (
     lora_factors,
     lora_factors_reference,
@@ -241,32 +241,52 @@ def test_identity_and_more_equal_values_than_a_block_holds():
     b, a, report = lora_factors(two, 40, return_report=True)
     assert report.converged
     assert (
-        distance(b @ a, torch.diag(torch.where(torch.arange(600) < 40, 2.0, 0.0)).double()) < 1e-4
+        distance(b @ a, torch.diag(torch.where(torch.arange(600) < 40, 2.0, 0.0)).double()) < 1e-3
     )
 
 
 def test_flat_noise_is_told_apart_from_convergence():
-    """The worst case: gaps of a thousandth. Eight passes must not claim what they don't reach."""
+    """The worst case: gaps of a thousandth. Fast mode must not claim what it does not reach."""
     matrix = torch.randn(900, 800, generator=generator())
     wanted_b, wanted_a = lora_factors_reference(matrix, 16)
     wanted = wanted_b @ wanted_a
     b, a, report = lora_factors(matrix, 16, mode="fast", return_report=True)
-    assert not report.converged and report.error > 1e-3 and distance(b @ a, wanted) > 1e-2
+    assert not report.converged and report.error > 1e-3 and distance(b @ a, wanted) > 1e-3
     b, a, report = lora_factors(matrix, 16, return_report=True)
     assert report.converged and distance(b @ a, wanted) <= report.error <= 1e-3
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16, 48])
 @pytest.mark.parametrize("name", ["power", "spiked"])
-def test_fast_mode_keeps_the_energy_in_eight_passes(name, rank):
+def test_fast_mode_keeps_the_energy_in_few_columns(name, rank):
     matrix, _, s, _ = example((1031, 700), name)
     b, a, report = lora_factors(matrix.float(), rank, mode="fast", return_report=True)
-    assert report.passes == 8
-    assert float((b @ a).double().norm() ** 2) >= 0.997 * float(s[:rank].square().sum())
+    assert report.passes == {1: 8, 4: 10, 16: 18, 48: 22}[rank]
+    assert float((b @ a).double().norm() ** 2) >= 0.999 * float(s[:rank].square().sum())
+
+
+@pytest.mark.parametrize("mode", ["fast", "converged"])
+@pytest.mark.parametrize("count, width", [(9, 0.0), (12, 1e-4), (20, 0.0), (20, 1e-2)])
+@pytest.mark.parametrize("first", [0, 3])
+def test_clusters_wider_than_a_block_are_found_whole(mode, count, width, first):
+    """Blocks of 8 columns see a value of higher multiplicity eight times only."""
+    shape, rank = (1031, 700), first + count
+    s = 0.25 * torch.arange(1, 701).double() ** -0.3
+    s[:first] = torch.linspace(3, 2, first)
+    s[first : first + count] = torch.linspace(1, 1 - width, count)
+    _, u, _, v = example(shape, "power")
+    matrix = (u * s) @ v.T
+    wanted = (u[:, :rank] * s[:rank]) @ v[:, :rank].T
+    b, a, report = lora_factors(matrix.float(), rank, mode=mode, return_report=True)
+    assert distance(b @ a, wanted) < (1e-3 if mode == "converged" else 3e-2)
+    assert report.converged or mode == "fast"
+    for cut in (first + count // 2, rank - 1):  # inside the cluster: a tie, if it is tight
+        report = lora_factors(matrix.float(), cut, mode="converged", return_report=True)[2]
+        assert report.converged == (width > 1e-3) and math.isinf(report.error) == (width < 1e-3)
 
 
 def test_restarts_keep_the_answer(monkeypatch):
-    monkeypatch.setattr(low_rank, "_BASIS", 64)
+    monkeypatch.setattr(_krylov, "_BASIS", 64)
     matrix, *_ = example((640, 576), "power")
     u, s, vh, report = truncated_svd(matrix.float(), 8, return_report=True)
     assert report.passes > 2 * 64 // 16  # else nothing was restarted
@@ -399,40 +419,56 @@ def test_errors():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 1), (6, 352), (7, 353), (95, 700), (193, 31)], ids=str)
-@pytest.mark.parametrize("columns", [16, 32])
+@pytest.mark.parametrize("shape", [(1, 1), (24, 512), (2, 541), (149, 31), (131, 1039)], ids=str)
+@pytest.mark.parametrize("columns", [8, 40])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_thin_product(backend, dtype, shape, columns, transposed):
+@pytest.mark.parametrize("variant", [0, 1, 2])
+def test_thin_product(backend, dtype, shape, columns, transposed, variant):
     if backend.device == "cuda":
         pytest.skip("cuBLAS does these products on a GPU")
     parent = torch.randn(shape[0] + 2, shape[1] + 9, generator=generator()).to(dtype)
     parent[0] = parent[:, :3] = parent[:, -6:] = math.nan  # nothing outside the window is read
     matrix = parent[1:-1, 3:-6]
-    thin = torch.randn(shape[0 if transposed else 1], columns, generator=generator())
-    exact = (matrix.T if transposed else matrix).double()
+    thin = torch.randn(columns, shape[0 if transposed else 1], generator=generator())
+    exact = (matrix if transposed else matrix.T).double()
+    wanted, scale = thin.double() @ exact, thin.double().abs() @ exact.abs()
     results = []
     for threads in (1, 2, 5):
-        out = torch.full((exact.shape[0], columns), math.nan)
-        _backend._C.thin_product(matrix, thin, out, transposed, threads)
-        results.append(out)
-    missed = (results[0].double() - exact @ thin.double()).abs()
-    assert (missed <= 4e-7 * (exact.abs() @ thin.double().abs())).all()
+        out = torch.full_like(wanted, math.nan, dtype=torch.float32)
+        arguments = {"threads": threads, "variant": variant}
+        _backend._C.thin_product(matrix, thin, out, transposed, **arguments)
+        results.append(out.clone())
+        _backend._C.thin_product(matrix, thin, out, transposed, accumulate=True, **arguments)
+        assert out.equal(2 * results[-1]) or (out - 2 * wanted).abs().max() < 1e-5 * scale.max()
+    assert ((results[0].double() - wanted).abs() <= 4e-7 * scale).all()
     assert results[0].equal(results[1]) and results[0].equal(results[2])
 
 
+@pytest.mark.parametrize("variant", [0, 1, 2])
+def test_thin_product_widens_every_16_bit_number(variant):
+    patterns = torch.arange(-(2**15), 2**15).to(torch.int16)
+    one = torch.zeros(8, 1)
+    one[3] = 1.0
+    for dtype in (torch.float16, torch.bfloat16):
+        matrix = patterns.view(dtype)[None]
+        out = torch.empty(8, 2**16)
+        _backend._C.thin_product(matrix, one, out, True, variant=variant)
+        torch.testing.assert_close(out[3], matrix[0].float(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_thin_product_errors():
-    matrix, thin, out = torch.rand(5, 7), torch.rand(7, 16), torch.rand(5, 16)
+    matrix, thin, out = torch.rand(5, 7), torch.rand(16, 7), torch.rand(16, 5)
     call = _backend._C.thin_product
-    with pytest.raises(ValueError, match="thin: expected a multiple of 16 columns, got 15"):
-        call(matrix, thin[:, :15].contiguous(), out, False, 1)
-    with pytest.raises(ValueError, match=r"thin: expected shape \[5, 16\], got \[7, 16\]"):
-        call(matrix, thin, out, True, 1)
-    with pytest.raises(ValueError, match=r"out: expected shape \[5, 16\], got \[7, 16\]"):
-        call(matrix, thin, torch.rand(7, 16), False, 1)
+    with pytest.raises(ValueError, match="thin: expected a multiple of 8 rows, got 15"):
+        call(matrix, thin[:15], out, False)
+    with pytest.raises(ValueError, match=r"thin: expected shape \[16, 5\], got \[16, 7\]"):
+        call(matrix, thin, out, True)
+    with pytest.raises(ValueError, match=r"out: expected shape \[16, 5\], got \[16, 7\]"):
+        call(matrix, thin, torch.rand(16, 7), False)
     with pytest.raises(ValueError, match="contiguous rows, got a column stride of 5"):
-        call(torch.rand(7, 5).T, thin, out, False, 1)
+        call(torch.rand(7, 5).T, thin, out, False)
     with pytest.raises(TypeError, match="matrix: expected dtype float32, float16, bfloat16"):
-        call(matrix.double(), thin, out, False, 1)
+        call(matrix.double(), thin, out, False)
 
 
 # The glue kernels, on every backend.
@@ -531,7 +567,7 @@ def sliced(backend, monkeypatch):
         monkeypatch.setattr(
             _thin_products, "_mm_float32", lambda a, b: (a.double() @ b.double()).float()
         )
-        monkeypatch.setattr(low_rank, "thin_products", products)
+        monkeypatch.setattr(_krylov, "thin_products", products)
     return backend
 
 
