@@ -47,9 +47,9 @@ def measure(benchmark, request, device, limits):
     def run(case) -> None:
         small = request.config.getoption("size") == "small"
         made = case.contest(device)
-        results = contest.hold(made, device, 0.2 if small else 15.0)
-        stem = request.module.STEM
-        entry = report.case_entry(stem, case, device.type, len(made.sets), results, limits)
+        match = contest.Match(lambda: made, device)
+        match.lap(0.2 if small else 15.0)
+        entry = report.case_entry(request.module.STEM, case, device.type, match, limits)
         benchmark.extra_info.update(entry)
         _texts.append(report.case_text(entry))
         ours = made.contestants[0]

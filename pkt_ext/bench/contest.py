@@ -288,26 +288,59 @@ def race(clocks: dict[str, _Clock], seconds: float) -> dict[str, list[float]]:
     return samples
 
 
-def hold(contest: Contest, device: torch.device, seconds: float) -> list[Result]:
-    """Verify everybody, then race: about `seconds` in all, a third of them for the race at least.
+class Match:
+    """A contest over several laps, its inputs made anew in each.
 
-    Raises:
-        VerificationError: see `verify`.
+    Samples of one lap share its memory and its moment; what differs from lap to lap, as from run to
+    run, belongs into the spread.
     """
-    start = time.perf_counter()
-    trials = verify(contest, device)
-    clocks = {
-        c.name: _Clock(c, contest, device, trials[c.name].seconds)
-        for c in contest.contestants
-        if not trials[c.name].failed
-    }
-    samples = race(clocks, max(seconds / 3, seconds - (time.perf_counter() - start)))
-    return [
-        _result(c, trials[c.name], clocks[c.name].repeats, samples[c.name])
-        if c.name in clocks
-        else _result(c, trials[c.name], 0, [])
-        for c in contest.contestants
-    ]
+
+    def __init__(self, make: Callable[[], Contest], device: torch.device):
+        self.sets = 0  # input sets in rotation
+        self._make, self._device = make, device
+        self._contestants: list[Contestant] = []
+        self._trials: dict[str, _Trial] = {}
+        self._samples: dict[str, list[float]] = {}
+        self._repeats: dict[str, int] = {}
+
+    def lap(self, seconds: float) -> None:
+        """Take samples: about `seconds` in all, a third of them for the race at least.
+
+        The first lap verifies everybody.
+
+        Raises:
+            VerificationError: see `verify`.
+        """
+        start = time.perf_counter()
+        contest = self._make()
+        if not self._trials:
+            self._trials = verify(contest, self._device)
+            self._contestants, self.sets = contest.contestants, len(contest.sets)
+        clocks = {
+            c.name: _Clock(c, contest, self._device, self._trials[c.name].seconds)
+            for c in contest.contestants
+            if not self._trials[c.name].failed
+        }
+        found = race(clocks, max(seconds / 3, seconds - (time.perf_counter() - start)))
+        for name, samples in found.items():
+            self._samples.setdefault(name, []).extend(samples)
+            self._repeats.setdefault(name, clocks[name].repeats)
+
+    def results(self) -> list[Result]:
+        """Every contestant's figures so far."""
+        return [
+            _result(
+                c, self._trials[c.name], self._repeats.get(c.name, 0), self._samples.get(c.name, [])
+            )
+            for c in self._contestants
+        ]
+
+
+def hold(contest: Contest, device: torch.device, seconds: float) -> list[Result]:
+    """One lap of a contest that is ready."""
+    match = Match(lambda: contest, device)
+    match.lap(seconds)
+    return match.results()
 
 
 def _result(contestant: Contestant, trial: _Trial, repeats: int, samples: list[float]) -> Result:
@@ -315,7 +348,7 @@ def _result(contestant: Contestant, trial: _Trial, repeats: int, samples: list[f
     return Result(
         name=contestant.name,
         role=contestant.role,
-        seconds=samples,
+        seconds=list(samples),
         repeats=repeats,
         quantiles=quantiles(samples),
         error=verdict.error if verdict else None,

@@ -9,15 +9,13 @@ import os
 from pathlib import Path
 
 from pkt_ext.bench.ceilings import binding
-from pkt_ext.bench.contest import Result
+from pkt_ext.bench.contest import Match
 from pkt_ext.errors import InputError
 
 FORMAT = 1  # of the JSON document; a reader refuses others
 
 
-def case_entry(
-    stem: str, case, device_type: str, sets: int, results: list[Result], ceilings: dict
-) -> dict:
+def case_entry(stem: str, case, device_type: str, match: Match, ceilings: dict) -> dict:
     """A case's part of the document; each of ours with its ratios to the others.
 
     A ratio is the other's median time over ours: `published`, `torch` (the fastest composition of
@@ -25,7 +23,7 @@ def case_entry(
     """
     arithmetic = str(case.arithmetic(device_type)).removeprefix("torch.")
     entries = []
-    for result in results:
+    for result in match.results():
         entry = dataclasses.asdict(result)
         if result.seconds and result.flops is not None:
             least, bound = binding(result.flops, result.bytes, ceilings, arithmetic)
@@ -49,7 +47,7 @@ def case_entry(
         "shape": case.shape,
         "dtype": str(case.dtype).removeprefix("torch."),
         "arithmetic": arithmetic,
-        "input_sets": sets,
+        "input_sets": match.sets,
         "contestants": entries,
     }
 

@@ -231,6 +231,24 @@ def test_short_calls_are_repeated_within_a_sample_on_rotating_inputs():
     assert set(seen[-3:]) == {0, 1, 2}
 
 
+def test_laps_make_inputs_anew_verify_once_and_add_their_samples():
+    made, checked = [], []
+
+    def make():
+        made.append(len(made))
+        check = lambda _: checked.append(1) or Verdict(0.0, 0.0)  # noqa: E731
+        return Contest([()], [Contestant("one", "ours", lambda: time.sleep(0.003), check)])
+
+    match = contest.Match(make, CPU)
+    match.lap(0.02)
+    (first,) = match.results()
+    match.lap(0.02)
+    (both,) = match.results()
+    assert made == [0, 1] and checked == [1]
+    count = len(first.seconds)
+    assert both.seconds[:count] == first.seconds and len(both.seconds) > count
+
+
 def test_a_part_stands_for_the_whole():
     def call():
         return Estimate(7.0, "output")

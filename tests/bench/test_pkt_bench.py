@@ -58,8 +58,13 @@ def document(times: dict[str, list[float]]) -> dict:
         "others_share": 0.0,
         "elapsed": 1.0,
         "ceilings": limits,
-        "cases": [report.case_entry("sensitivity", case, "cpu", 1, results, limits)],
+        "cases": [report.case_entry("sensitivity", case, "cpu", played(results), limits)],
     }
+
+
+def played(results):
+    """A match that is over."""
+    return SimpleNamespace(results=lambda: results, sets=1)
 
 
 def noisy(median, share, seed, count=20):
@@ -98,7 +103,7 @@ def test_a_run_prints_every_contestant_and_writes_what_it_printed(tmp_path, caps
 def test_progress_is_plain_lines_with_v(capfd):
     assert cli.run([*ARGV, "-v"]) == 0
     err = capfd.readouterr().err
-    assert "max_window tiny: case 1 of 1" in err
+    assert "max_window tiny: case 1 of 1, lap 1 of 1" in err
     assert "\r" not in err
 
 
@@ -136,7 +141,8 @@ def test_ratios_are_medians_over_ours():
 
 def test_a_contestant_without_samples_is_a_line(capsys):
     results = [entry("ours", "ours", [1.0]), entry("big", "torch", [], failed="out of memory")]
-    case = report.case_entry("s", Elementwise("m", 2, 2), "cpu", 1, results, ceilings.measure())
+    matrix = Elementwise("m", 2, 2)
+    case = report.case_entry("s", matrix, "cpu", played(results), ceilings.measure())
     assert re.search("big +out of memory", report.case_text(case))
     assert "torch" not in case["contestants"][0]["ratios"]
 
