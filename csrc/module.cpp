@@ -15,6 +15,7 @@ namespace pkt {
 void bind_low_rank(py::module_& m);
 void bind_max_window(py::module_& m);
 void bind_sensitivity(py::module_& m);
+void bind_small_svd(py::module_& m);
 #if defined(PKT_EXT_EMULATED)
 void bind_emulation(py::module_& m);
 #endif
@@ -61,6 +62,7 @@ PYBIND11_MODULE(PKT_EXT_MODULE, m) {
   pkt::bind_low_rank(m);
   pkt::bind_max_window(m);
   pkt::bind_sensitivity(m);
+  pkt::bind_small_svd(m);
 #if defined(PKT_EXT_EMULATED)
   pkt::bind_emulation(m);
 #endif

@@ -16,13 +16,27 @@ from pkt_ext.ops.sensitivity import (
     linear_sensitivity_,
     linear_sensitivity_reference_,
 )
+from pkt_ext.ops.small_svd import (
+    BatchedSvd,
+    CholeskyInverse,
+    batched_cholesky_inverse,
+    batched_cholesky_inverse_reference,
+    batched_svd,
+    batched_svd_reference,
+)
 
 __all__ = [
+    "BatchedSvd",
+    "CholeskyInverse",
     "LowRankReport",
     "MaxWindow",
     "SensitivitySums",
     "accumulate_sensitivity_",
     "accumulate_sensitivity_reference_",
+    "batched_cholesky_inverse",
+    "batched_cholesky_inverse_reference",
+    "batched_svd",
+    "batched_svd_reference",
     "linear_sensitivity_",
     "linear_sensitivity_reference_",
     "lora_factors",

@@ -49,6 +49,19 @@ __device__ __forceinline__ T* shared_memory() {
 #endif
 }
 
+// Bytes of dynamic shared memory a block may have on the current device.
+inline int64_t shared_memory_limit() {
+#if defined(PKT_EXT_EMULATED)
+  return 227 * 1024;
+#else
+  int device = 0, bytes = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+        "cudaDeviceGetAttribute");
+  return bytes;
+#endif
+}
+
 __host__ __device__ __forceinline__ int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
