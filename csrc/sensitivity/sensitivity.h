@@ -55,7 +55,8 @@ struct LinearSensitivityParams {
   int64_t grads_row_stride, grads_col_stride;
   SensitivitySums sums;
   // Which compiled variant runs; -1 is the best one, the others are there for the tests.
-  // CPU: 0 baseline, 1 AVX2, 2 AVX-512 (lowered to what the machine has).
+  // CPU: 0 baseline, 1 AVX2, 2 AVX-512, 3 AVX512_BF16 for bfloat16 operands (lowered to what the
+  // machine and dtype have).
   // CUDA: 0 and 1 float32 FMA with tiles of 64 and 128; 2 tensor cores, where float32 is the sum of
   // two bfloat16 (linear_split_cuda.cu has the error); -1 is 2 on a device that has them.
   int variant;

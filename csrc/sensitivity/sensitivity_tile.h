@@ -1,23 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// One register tile of linear_sensitivity on the CPU. sensitivity_cpu.cpp includes this file once
-// per instruction set, having defined PKT_TILE_NAME, PKT_TILE_TARGET (function attribute),
+// One register tile of linear_sensitivity on the CPU. linear_cpu.cpp includes this file once per
+// instruction set, having defined PKT_TILE_NAME, PKT_TILE_TARGET (function attribute),
 // PKT_TILE_LANES, PKT_TILE_ROWS, PKT_TILE_VECTORS and PKT_TILE_FMA(a, b, c). A template cannot do
 // this: GCC splits vector types wider than the template's own target before it inlines.
 
-// Adds to sum [ROWS, VECTORS * LANES] the magnitudes of grads^T inputs over the segments that end
-// in [row, last]. `end` points to the end of the segment that row belongs to; `carried` says that
-// its earlier rows are in `carry` already, where the last segment's go if it is open at `last`.
-PKT_TILE_TARGET void PKT_TILE_NAME(const float* grads, const float* inputs, int64_t stride,
-                                   int64_t row, int64_t last, const int64_t* end, bool carried,
-                                   float* sum, float* carry, int64_t sum_stride) {
+// Adds to sum [ROWS, VECTORS * LANES] the magnitudes of grads^T inputs over each of the pieces. The
+// first one goes on from `carry` if it is carried, the last one goes there if it stays open.
+PKT_TILE_TARGET void PKT_TILE_NAME(const uint32_t* grads, const uint32_t* inputs,
+                                   int64_t panel_stride, const Pieces& pieces, float* sum,
+                                   float* carry, int64_t sum_stride) {
   constexpr int kLanes = PKT_TILE_LANES;
   constexpr int kRows = PKT_TILE_ROWS;
   constexpr int kVectors = PKT_TILE_VECTORS;
   typedef float Vector __attribute__((vector_size(kLanes * 4)));
-  typedef int32_t Bits __attribute__((vector_size(kLanes * 4)));
+  typedef uint32_t Words __attribute__((vector_size(kLanes * 4)));
   typedef float Memory __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
-  while (row < last) {
+  int64_t step = 0;
+  bool carried = pieces.carried;
+  for (int64_t k = 0; k < pieces.count; ++k) {
     Vector acc[kRows][kVectors];  // unrolled throughout, so that it is registers
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -26,24 +27,23 @@ PKT_TILE_TARGET void PKT_TILE_NAME(const float* grads, const float* inputs, int6
             carried ? *reinterpret_cast<Memory*>(carry + r * sum_stride + v * kLanes) : Vector{};
       }
     }
-    const int64_t stop = *end < last ? *end : last;
-    for (; row < stop; ++row, grads += stride, inputs += stride) {
+    for (; step < pieces.ends[k]; ++step, grads += panel_stride, inputs += panel_stride) {
       Vector x[kVectors];
       for (int v = 0; v < kVectors; ++v) {
         x[v] = *reinterpret_cast<const Memory*>(inputs + v * kLanes);
       }
       for (int r = 0; r < kRows; ++r) {
-        const Vector d = grads[r] - Vector{};  // broadcast
+        const Vector d = (Vector)(grads[r] + Words{});  // broadcast
         for (int v = 0; v < kVectors; ++v) acc[r][v] = PKT_TILE_FMA(d, x[v], acc[r][v]);
       }
     }
-    const bool closed = stop == *end;
+    const bool closed = k + 1 < pieces.count || !pieces.open;
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) {
         const int64_t place = r * sum_stride + v * kLanes;
         if (closed) {
-          const Vector magnitude = (Vector)((Bits)acc[r][v] & 0x7fffffff);
+          const Vector magnitude = (Vector)((Words)acc[r][v] & 0x7fffffffu);
           *reinterpret_cast<Memory*>(sum + place) += magnitude;
         } else {
           *reinterpret_cast<Memory*>(carry + place) = acc[r][v];
@@ -51,7 +51,6 @@ PKT_TILE_TARGET void PKT_TILE_NAME(const float* grads, const float* inputs, int6
       }
     }
     carried = false;
-    ++end;
   }
 }
 
