@@ -87,7 +87,11 @@ def accumulate_sensitivity_(
     *,
     sums: SensitivitySums | None = None,
 ) -> None:
-    """Add |weight * grad| to score, and to sums; the product is formed in float32.
+    """Add |weight * grad| to score, and to sums.
+
+    Product and addition are float32: a call is off by at most 2^-24 of the product and 2^-24 of the
+    new score, and has equal bits on any thread count and in every run. A NaN or infinity in an
+    operand is one in the score (infinity times zero is NaN).
 
     Args:
         score:  [...] float32, contiguous; written in place. None: only the sums are formed, nothing
@@ -149,11 +153,17 @@ def linear_sensitivity_(
     """Add |weight| * sum_n |grad_outputs[n]^T inputs[n]| to score: sensitivity, sample by sample.
 
     [n] are the rows (tokens) of sample n. The gradient of a sample exists in registers only; it and
-    the sum over samples are float32, added in ascending order, |weight| is applied once: equal bits
-    on any thread count, other last bits when the batch is cut otherwise. A weight stored [D_in,
-    D_out] (GPT-2's Conv1D) is passed as its transpose, or inputs and grad_outputs change places.
-    On a GPU with tensor cores float32 operands are taken as sums of two bfloat16: a sample's
-    gradient is then off by at most 2^-15 sum |grad_outputs| |inputs|, commonly by 2^-20 of it.
+    the sum over samples are float32, added in ascending order, |weight| is applied once. A weight
+    stored [D_in, D_out] (GPT-2's Conv1D) is passed as its transpose, or inputs and grad_outputs
+    change places. What else adds to a sample's gradient (the other use of a tied weight) is further
+    rows of the sample.
+
+    A contribution is off by at most 2^-24 (T + N + 8) |weight| sum |grad_outputs| |inputs|, to the
+    first order, T being the rows of the longest sample. On a GPU with tensor cores float32 operands
+    are taken as sums of two bfloat16: 2^-15 is added to that factor (commonly 2^-20). Equal bits on
+    any thread count and in every run, other last bits when the batch is cut otherwise. A NaN or
+    infinity in a row of a sample, or in the weight, is one in the scores it touches (infinity times
+    zero is NaN).
 
     Args:
         score:        [D_out, D_in] float32, contiguous; written in place. None: only the sums are

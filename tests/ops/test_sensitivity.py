@@ -106,6 +106,27 @@ def test_linear_variants(backend, dtype):
         assert_within_budget(found.cpu(), score, *operands)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[1], [3] * 20, [160, 7]], ids=str)
+def test_linear_keeps_its_documented_bound(backend, dtype, lengths):
+    _, weight, inputs, grads, segments = problem(70, 40, lengths, dtype)
+    zero = torch.zeros(70, 40, dtype=torch.float64)
+    truth, terms = zero.clone(), zero.clone()
+    linear_sensitivity_reference_(truth, weight, inputs, grads, segments)
+    linear_sensitivity_reference_(
+        terms, weight, inputs.double().abs(), grads.double().abs(), segments
+    )
+    for variant in (0, 1, 2):
+        factor = 2.0**-24 * (max(lengths) + len(lengths) + 8)
+        if dtype == torch.float32 and variant == 2 and backend.name != "cpu":
+            factor += 2.0**-15
+        found = torch.zeros(70, 40, device=backend.device)
+        run_variant(
+            [t.to(backend.device) for t in (found, weight, inputs, grads, segments)], variant
+        )
+        assert ((found.cpu() - truth).abs() <= factor * terms).all()
+
+
 @pytest.mark.parametrize("weight_dtype", DTYPES)
 def test_linear_with_strided_operands(backend, weight_dtype):
     """Transposed (a Conv1D's weight), offset by one element, every other row and column."""

@@ -9,6 +9,7 @@ import torch
 
 from pkt_ext.ops import (
     SensitivitySums,
+    _backend,
     accumulate_sensitivity_,
     accumulate_sensitivity_reference_,
     linear_sensitivity_,
@@ -123,6 +124,25 @@ def test_only_what_is_asked_for(backend, op, wanted):
     ours(score, *operands, sums=nothing)
     assert score.count_nonzero() > 0
     ours(None, *operands, sums=nothing)
+
+
+@pytest.mark.parametrize("variant", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_every_kernel(backend, variant, dtype):
+    """Every instruction set, and every tile of the GPU, whichever this machine would choose."""
+    shape = (131, 140)
+    operands = linear_problem(shape, dtype)
+    score, found = torch.zeros(shape, device=backend.device), zeros(shape, backend, **ALL)
+    truth = zeros(shape, **ALL)
+    with _backend.device_of(score) as launch:
+        given = (score, *on(backend, operands), found)
+        size = _backend._C.linear_sensitivity_workspace(*given, **launch, variant=variant)
+        workspace = torch.empty(size, dtype=torch.uint8, device=score.device)
+        _backend._C.linear_sensitivity(*given, workspace, **launch, variant=variant)
+    truth.add_reference(score.cpu())  # onto zeros: the scores are the contributions
+    for field in FIELDS:
+        ours, theirs = getattr(found, field).cpu(), getattr(truth, field)
+        torch.testing.assert_close(ours, theirs, rtol=1e-14, atol=0)
 
 
 def test_sums_do_not_change_the_score(backend, op):
