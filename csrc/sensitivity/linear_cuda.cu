@@ -14,6 +14,7 @@ int64_t linear_sensitivity_workspace_cuda(const LinearSensitivityParams& p) {
 }
 
 void linear_sensitivity_cuda(const LinearSensitivityParams& p, void* stream) {
+  if (p.variant == 3 && linear_wgmma_takes(p)) return linear_wgmma_cuda(p, stream);
   if (p.variant < 0 ? cuda::has_tensor_cores() : p.variant >= 2) {
     return linear_mma_takes(p) ? linear_mma_cuda(p, stream) : linear_split_cuda(p, stream);
   }

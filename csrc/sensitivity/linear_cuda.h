@@ -14,5 +14,8 @@ bool linear_mma_takes(const LinearSensitivityParams& params);
 void linear_mma_cuda(const LinearSensitivityParams& params, void* stream);
 // Tensor cores; any dtype, float32 as sums of two bfloat16; any strides.
 void linear_split_cuda(const LinearSensitivityParams& params, void* stream);
+// sm_90a: what linear_mma_cuda takes, on a device that is one.
+bool linear_wgmma_takes(const LinearSensitivityParams& params);
+void linear_wgmma_cuda(const LinearSensitivityParams& params, void* stream);
 
 }  // namespace pkt

@@ -59,6 +59,7 @@ struct LinearSensitivityParams {
   // machine and dtype have).
   // CUDA: 0 and 1 float32 FMA with tiles of 64 and 128; 2 tensor cores, where float32 is the sum of
   // two bfloat16 (linear_split_cuda.cu has the error); -1 is 2 on a device that has them.
+  // 3 is wgmma on sm_90a, where operands and device are fit for it, else 2.
   int variant;
   void* workspace;  // linear_sensitivity_workspace_*() bytes, 256-byte aligned
 };

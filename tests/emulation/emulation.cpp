@@ -8,6 +8,8 @@
 //   - shared memory read before it is written: it starts as NaN;
 //   - an asynchronous copy read before its wait, or over data still in use: the destination is NaN
 //     from the copy's start to the wait that covers it;
+//   - the same of copies that a transaction barrier counts, and of deferred work: nothing of it is
+//     there before the wait; fences between proxies are not checked;
 //   - lanes of a warp that do not meet in the same collective operation;
 //   - out-of-range accesses: under AddressSanitizer, shared memory being its own heap block.
 #include "emulation.h"
@@ -17,11 +19,14 @@
 
 #include <algorithm>
 #include <exception>
+#include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -41,7 +46,7 @@ namespace {
 
 constexpr size_t kStackBytes = 64 * 1024;
 
-enum class State { runnable, at_block_barrier, at_warp_barrier, done };
+enum class State { runnable, at_block_barrier, at_named_barrier, at_warp_barrier, polling, done };
 
 struct Copy {
   void* to;
@@ -61,8 +66,22 @@ struct Fiber {
   uint64_t value = 0;     // what this lane published
   Serve serve = nullptr;  // the collective operation this lane is in, and whether it is done
   bool served = false;
+  int barrier = 0, barrier_threads = 0;  // the named barrier waited at
+  std::vector<std::function<void()>> deferred;
   std::vector<Copy> copies;  // in flight
   size_t groups = 0;         // committed
+};
+
+struct TransactionBarrier {
+  unsigned count = 0, arrived = 0, phase = 0;
+  int64_t outstanding = 0;  // bytes announced and not landed
+  std::vector<std::pair<unsigned, std::function<void()>>> in_flight;
+
+  void end_phase_if_complete() {
+    if (arrived < count || outstanding != 0) return;
+    arrived = 0;
+    ++phase;
+  }
 };
 
 struct Scheduler {
@@ -76,6 +95,8 @@ struct Scheduler {
   size_t shared_bytes = 0;
   std::exception_ptr failure;
   std::mt19937_64 random;
+  std::map<const void*, TransactionBarrier> barriers;
+  bool progress = false;  // something other than polling happened
 };
 
 Order g_order = Order::ascending;
@@ -101,9 +122,11 @@ void enter() {
 #endif
   try {
     (*s.body)();
-    if (!s.current->copies.empty()) {
-      throw std::runtime_error("emulation: a thread ended with copies it had not waited for");
+    if (!s.current->copies.empty() || !s.current->deferred.empty()) {
+      throw std::runtime_error(
+          "emulation: a thread ended with copies or products it had not waited for");
     }
+    s.progress = true;
   } catch (...) {
     s.failure = std::current_exception();
   }
@@ -131,6 +154,7 @@ void resume(Fiber& fiber) {
 
 void wait(State state) {
   g_scheduler->current->state = state;
+  g_scheduler->progress = g_scheduler->progress || state != State::polling;
   switch_to_home(false);
 }
 
@@ -179,7 +203,26 @@ void run_warp(Scheduler& s, size_t first, size_t last) {
   } while (release_warp(s, first, last));
 }
 
+// Frees the threads of the named barriers that as many have reached as they are for.
+bool release_named(Scheduler& s) {
+  bool freed = false;
+  for (const Fiber& fiber : s.fibers) {
+    if (fiber.state != State::at_named_barrier) continue;
+    const int id = fiber.barrier, threads = fiber.barrier_threads;
+    const auto waits = [id](const Fiber& other) {
+      return other.state == State::at_named_barrier && other.barrier == id;
+    };
+    if (std::count_if(s.fibers.begin(), s.fibers.end(), waits) != threads) continue;
+    for (Fiber& other : s.fibers) {
+      if (waits(other)) other.state = State::runnable;
+    }
+    freed = true;
+  }
+  return freed;
+}
+
 void run_block(Scheduler& s) {
+  s.barriers.clear();
   std::fill_n(s.shared.get(), s.shared_bytes, static_cast<unsigned char>(0xff));
   for (Fiber& fiber : s.fibers) {
     fiber.state = State::runnable;
@@ -198,17 +241,31 @@ void run_block(Scheduler& s) {
     return std::all_of(s.fibers.begin(), s.fibers.end(),
                        [state](const Fiber& fiber) { return fiber.state == state; });
   };
+  const auto any_are = [&s](State state) {
+    return std::any_of(s.fibers.begin(), s.fibers.end(),
+                       [state](const Fiber& fiber) { return fiber.state == state; });
+  };
   for (;;) {
     if (g_order == Order::random) std::shuffle(warps.begin(), warps.end(), s.random);
     for (size_t warp : warps) {
       run_warp(s, warp * 32, std::min(warp * 32 + 32, s.fibers.size()));
     }
     if (all_are(State::done)) return;
-    if (!all_are(State::at_block_barrier)) {
+    bool freed = release_named(s) || s.progress;
+    s.progress = false;
+    const bool all_met = all_are(State::at_block_barrier);
+    bool polling = false;
+    for (Fiber& fiber : s.fibers) {
+      if (fiber.state != State::polling) continue;
+      polling = true;
+      fiber.state = State::runnable;
+    }
+    if (!all_met && !(freed && (polling || any_are(State::runnable)))) {
       throw std::runtime_error("emulation: threads of block (" + std::to_string(blockIdx.x) + ", " +
                                std::to_string(blockIdx.y) + ", " + std::to_string(blockIdx.z) +
                                ") wait at a barrier that the others never reach");
     }
+    if (!all_met) continue;
     for (Fiber& fiber : s.fibers) fiber.state = State::runnable;
   }
 }
@@ -338,6 +395,56 @@ void copy_async_wait(size_t pending) {
   }
   const auto kept = std::stable_partition(self.copies.begin(), self.copies.end(), in_flight);
   self.copies.erase(kept, self.copies.end());
+}
+
+void named_barrier(int id, int threads) {
+  g_scheduler->current->barrier = id;
+  g_scheduler->current->barrier_threads = threads;
+  wait(State::at_named_barrier);
+}
+
+void transaction_barrier_init(const void* barrier, unsigned count) {
+  TransactionBarrier fresh;
+  fresh.count = count;
+  g_scheduler->barriers[barrier] = fresh;
+}
+
+void transaction_barrier_arrive(const void* barrier, unsigned bytes_announced) {
+  TransactionBarrier& b = g_scheduler->barriers.at(barrier);
+  b.outstanding += bytes_announced;
+  ++b.arrived;
+  b.end_phase_if_complete();
+}
+
+void transaction_later(const void* barrier, unsigned bytes, std::function<void()> land) {
+  g_scheduler->barriers.at(barrier).in_flight.emplace_back(bytes, std::move(land));
+}
+
+void transaction_barrier_wait(const void* barrier, unsigned parity) {
+  TransactionBarrier& b = g_scheduler->barriers.at(barrier);
+  for (;;) {
+    for (const auto& [bytes, land] : b.in_flight) {
+      land();
+      b.outstanding -= bytes;
+    }
+    if (!b.in_flight.empty()) {
+      b.in_flight.clear();
+      b.end_phase_if_complete();
+    }
+    if (b.phase % 2 != parity) break;
+    wait(State::polling);
+  }
+  g_scheduler->progress = true;
+}
+
+void defer(std::function<void()> work) {
+  g_scheduler->current->deferred.push_back(std::move(work));
+}
+
+void run_deferred() {
+  Fiber& self = *g_scheduler->current;
+  for (const auto& work : self.deferred) work();
+  self.deferred.clear();
 }
 
 }  // namespace emulation

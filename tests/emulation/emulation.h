@@ -14,6 +14,7 @@
 #define __forceinline__ inline
 #define __restrict__ __restrict
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(n) alignas(n)
 
 struct uint3 {
@@ -76,6 +77,22 @@ void copy_async(void* to, const void* from, size_t bytes, size_t filled);
 void copy_async_commit();
 // All groups committed by this thread land, but for the last `pending`.
 void copy_async_wait(size_t pending);
+
+// __syncthreads among the first `threads` that reach it under this id.
+void named_barrier(int id, int threads);
+
+// Barriers that also count bytes, known by their address: a phase ends when `count` threads have
+// arrived and as many bytes have landed as they announced. `land` runs, and its bytes count, when a
+// thread waits at the barrier, and not before.
+void transaction_barrier_init(const void* barrier, unsigned count);
+void transaction_barrier_arrive(const void* barrier, unsigned bytes_announced);
+void transaction_later(const void* barrier, unsigned bytes, std::function<void()> land);
+void transaction_barrier_wait(const void* barrier, unsigned parity);
+
+// Work of this thread that is done when it waits for it, and not before. A thread that ends without
+// having done so is an error.
+void defer(std::function<void()> work);
+void run_deferred();
 
 template <typename T>
 T shuffle(unsigned mask, T value, int source) {

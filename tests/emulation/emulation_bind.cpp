@@ -46,6 +46,24 @@ void bind_emulation(py::module_& m) {
         left.dtype == DType::f16 ? run(half{}) : run(bfloat16{});
       },
       py::arg("a"), py::arg("b"), py::arg("out"), py::arg("transposed"), py::arg("fault"));
+  m.def(
+      "planted_multiply_boxes",
+      [](py::handle a, py::handle b, py::handle out, const std::string& name) {
+        const TensorView left = view(a, "a", 2, {DType::f16, DType::bf16});
+        const TensorView right = view(b, "b", 2, {left.dtype});
+        const TensorView to = view(out, "out", 2, {DType::f32});
+        check_shape(left, "a", {16, 64});
+        check_shape(right, "b", {16, 192});
+        check_shape(to, "out", {64, 192});
+        const auto run = [&](auto type) {
+          using T = decltype(type);
+          planted::multiply_boxes(static_cast<const T*>(left.data),
+                                  static_cast<const T*>(right.data), static_cast<float*>(to.data),
+                                  planted::fault_of(name));
+        };
+        left.dtype == DType::f16 ? run(half{}) : run(bfloat16{});
+      },
+      py::arg("a"), py::arg("b"), py::arg("out"), py::arg("fault"));
 }
 
 }  // namespace pkt

@@ -2,6 +2,7 @@
 #include <stdexcept>
 #include <utility>
 
+#include "core/cuda/hopper.cuh"
 #include "core/cuda/load.cuh"
 #include "core/cuda/mma.cuh"
 #include "planted.h"
@@ -81,6 +82,40 @@ __global__ void product(const T* a, const T* b, float* out, bool transposed, Fau
   }
 }
 
+template <typename T>
+__global__ void box_product(const __grid_constant__ pkt::cuda::TensorMap a,
+                            const __grid_constant__ pkt::cuda::TensorMap b, float* out,
+                            Fault fault) {
+  constexpr int kBox = 16 * 128;
+  char* shared = pkt::cuda::shared_memory<char>();
+  auto* barrier = reinterpret_cast<pkt::cuda::Barrier*>(shared + 4 * kBox);
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread == 0) {
+    pkt::cuda::barrier_init(barrier, 1);
+    pkt::cuda::barrier_init_done();
+    pkt::cuda::barrier_arrive_expecting(barrier,
+                                        4 * kBox + (fault == Fault::endless_barrier ? 16 : 0));
+    pkt::cuda::copy_box(shared, a, 0, 0, barrier);
+    for (int i = 0; i < 3; ++i) {
+      pkt::cuda::copy_box(shared + (1 + i) * kBox, b, i * 64, 0, barrier);
+    }
+  }
+  __syncthreads();
+  if (fault != Fault::box_not_waited) pkt::cuda::barrier_wait(barrier, 0);
+  float sums[96];
+  pkt::cuda::wgmma_fence();
+  pkt::cuda::wgmma_m64n192k16<T>(
+      sums, pkt::cuda::columns_descriptor(shared, kBox),
+      pkt::cuda::columns_descriptor(shared + kBox, fault == Fault::wrong_descriptor ? 1024 : kBox),
+      false);
+  pkt::cuda::wgmma_commit();
+  if (fault != Fault::sums_not_waited) pkt::cuda::wgmma_wait_all();
+  for (int i = 0; i < 96; ++i) {
+    const int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
+    out[row * 192 + i / 4 * 8 + thread % 4 * 2 + i % 2] = sums[i];
+  }
+}
+
 }  // namespace
 
 Fault fault_of(const std::string& name) {
@@ -95,6 +130,10 @@ Fault fault_of(const std::string& name) {
   if (name == "early_copy") return Fault::early_copy;
   if (name == "swapped_fragments") return Fault::swapped_fragments;
   if (name == "divergent_warp") return Fault::divergent_warp;
+  if (name == "box_not_waited") return Fault::box_not_waited;
+  if (name == "sums_not_waited") return Fault::sums_not_waited;
+  if (name == "endless_barrier") return Fault::endless_barrier;
+  if (name == "wrong_descriptor") return Fault::wrong_descriptor;
   throw std::invalid_argument("unknown fault " + name);
 }
 
@@ -111,5 +150,14 @@ void multiply(const T* a, const T* b, float* out, bool transposed, Fault fault) 
 }
 template void multiply(const pkt::half*, const pkt::half*, float*, bool, Fault);
 template void multiply(const pkt::bfloat16*, const pkt::bfloat16*, float*, bool, Fault);
+
+template <typename T>
+void multiply_boxes(const T* a, const T* b, float* out, Fault fault) {
+  pkt::cuda::launch(box_product<T>, dim3(1), dim3(128), 4 * 16 * 128 + 8, nullptr,
+                    pkt::cuda::tensor_map(a, 16, 64, 128, 16),
+                    pkt::cuda::tensor_map(b, 16, 192, 384, 16), out, fault);
+}
+template void multiply_boxes(const pkt::half*, const pkt::half*, float*, Fault);
+template void multiply_boxes(const pkt::bfloat16*, const pkt::bfloat16*, float*, Fault);
 
 }  // namespace planted

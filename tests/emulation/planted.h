@@ -19,6 +19,10 @@ enum class Fault {
   early_copy,
   swapped_fragments,
   divergent_warp,
+  box_not_waited,
+  sums_not_waited,
+  endless_barrier,
+  wrong_descriptor,
 };
 
 Fault fault_of(const std::string& name);
@@ -31,5 +35,10 @@ void reverse_tiles(const float* values, float* out, int64_t count, Fault fault);
 // cores; a and b are [2, 16, 16], copied asynchronously one i after the other.
 template <typename T>
 void multiply(const T* a, const T* b, float* out, bool transposed, Fault fault);
+
+// out [64, 192] = a^T b from a [16, 64] and b [16, 192], copied by boxes and multiplied by a
+// warpgroup.
+template <typename T>
+void multiply_boxes(const T* a, const T* b, float* out, Fault fault);
 
 }  // namespace planted

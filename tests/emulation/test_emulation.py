@@ -83,7 +83,7 @@ def test_copy_read_too_early_fails(emulation, order, fault):
 @pytest.mark.parametrize("order", ORDERS)
 def test_copy_never_waited_for_is_an_error(emulation, order):
     emulation.set_fiber_order(order, 7)
-    with pytest.raises(RuntimeError, match="copies it had not waited for"):
+    with pytest.raises(RuntimeError, match="copies or products it had not waited for"):
         multiply(emulation, "abandoned_copy")
 
 
@@ -99,6 +99,50 @@ def test_lanes_in_different_operations_are_an_error(emulation, order):
     emulation.set_fiber_order(order, 7)
     with pytest.raises(RuntimeError, match="lanes of a warp are in different operations"):
         multiply(emulation, "divergent_warp")
+
+
+def multiply_boxes(module, fault, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.randint(-8, 9, (16, n), generator=generator).to(dtype) for n in (64, 192))
+    out = torch.zeros(64, 192)
+    module.planted_multiply_boxes(a, b, out, fault)
+    return out, a.float().T @ b.float()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_correct_box_product_passes(emulation, order, dtype):
+    emulation.set_fiber_order(order, 7)
+    found, expected = multiply_boxes(emulation, "none", dtype)
+    assert found.equal(expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_box_read_too_early_fails(emulation, order):
+    emulation.set_fiber_order(order, 7)
+    found, _ = multiply_boxes(emulation, "box_not_waited")
+    assert found.isnan().any()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_wrong_descriptor_fails(emulation, order):
+    emulation.set_fiber_order(order, 7)
+    found, expected = multiply_boxes(emulation, "wrong_descriptor")
+    assert not found.isnan().any() and not found.equal(expected)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_products_never_waited_for_are_an_error(emulation, order):
+    emulation.set_fiber_order(order, 7)
+    with pytest.raises(RuntimeError, match="copies or products it had not waited for"):
+        multiply_boxes(emulation, "sums_not_waited")
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_barrier_whose_bytes_never_land_is_an_error(emulation, order):
+    emulation.set_fiber_order(order, 7)
+    with pytest.raises(RuntimeError, match="wait at a barrier that the others never reach"):
+        multiply_boxes(emulation, "endless_barrier")
 
 
 def run_sanitized(fault: str) -> subprocess.CompletedProcess:

@@ -7,7 +7,9 @@ import torch
 from pkt_ext.ops import SensitivitySums, _backend, linear_sensitivity_reference_
 
 MMA, WGMMA = 2, 3  # variants: sensitivity.h
-DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+HALVES = [torch.float16, torch.bfloat16]
+DTYPES = [*HALVES, torch.float32]
+CASES = [(MMA, dtype) for dtype in DTYPES] + [(WGMMA, dtype) for dtype in HALVES]
 
 # out_features, in_features, rows of each sample: one score, primes, below, at and above a tile and
 # a warp's part of one; samples below, at and above half a step and a step, empty, many steps long
@@ -18,6 +20,7 @@ SHAPES = [
     (131, 8, [33, 0, 1]),
     (9, 257, [32]),
     (64, 33, [0, 161]),
+    (2, 65, [7, 353]),
 ]
 
 
@@ -25,6 +28,17 @@ SHAPES = [
 def only_where_the_kernels_run(backend):
     if backend.name == "cpu":
         pytest.skip("tensor-core kernels have no CPU version")
+
+
+@pytest.fixture(
+    params=CASES, ids=lambda case: f"{'wgmma' if case[0] == WGMMA else 'mma'}-{case[1]}"
+)
+def case(request, backend):
+    """(variant, dtype)"""
+    if request.param[0] == WGMMA and not backend.emulated:
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("wgmma needs sm_90a")
+    return request.param
 
 
 def segments_of(lengths, start=0):
@@ -86,16 +100,18 @@ def check(backend, score, *operands, **kwargs):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_matches_float64(backend, shape, dtype):
-    check(backend, *problem(*shape, dtype))
+def test_matches_float64(backend, case, shape):
+    variant, dtype = case
+    check(backend, *problem(*shape, dtype), variant=variant)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_several_tiles(backend, dtype):
+def test_several_tiles(backend, case):
     """Every tile at its place, and no column or row of one in another's."""
-    check(backend, *problem(257, 130, [17, 5], dtype))
-    check(backend, *problem(13 * 128 + 1, 129, [3], dtype))  # beyond one band of TilePlace
+    variant, dtype = case
+    check(backend, *problem(257, 130, [17, 5], dtype), variant=variant)
+    check(backend, *problem(70, 385, [16, 20], dtype), variant=variant)
+    if variant == MMA:  # beyond one band of TilePlace
+        check(backend, *problem(13 * 128 + 1, 129, [3], dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,39 +129,38 @@ def test_strided_operands(backend, dtype):
             check(backend, score, weight.T.contiguous().T, x, d, segments)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_outside_segments_do_not_count(backend, dtype):
+def test_rows_outside_segments_do_not_count(backend, case):
+    variant, dtype = case
     score, weight, inputs, grads, _ = problem(20, 30, [70], dtype)
     inputs[:5], inputs[60:], grads[:5], grads[60:] = (float("nan"),) * 4
     for lengths in ([0, 0, 17, 0, 38, 0], [55], [0], []):
-        check(backend, score, weight, inputs, grads, segments_of(lengths, start=5))
+        segments = segments_of(lengths, start=5)
+        check(backend, score, weight, inputs, grads, segments, variant=variant)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bad_segments_are_clamped(backend, dtype):
+def test_bad_segments_are_clamped(backend, case):
     """Offsets the caller could not check on a GPU: nothing outside the operands is read."""
+    variant, dtype = case
     score, weight, inputs, grads, _ = problem(20, 30, [40], dtype)
-    found = run(backend, score, weight, inputs, grads, torch.tensor([-3, 10, 5, 20, 1 << 40]))
-    assert_within_budget(found, *clamped_in_pairs(score, weight, inputs, grads))
-
-
-def clamped_in_pairs(score, weight, inputs, grads):
+    segments = torch.tensor([-3, 10, 5, 20, 1 << 40])
+    found = run(backend, score, weight, inputs, grads, segments, variant=variant)
     rows = torch.cat([torch.arange(0, 10), torch.arange(5, 20), torch.arange(20, 40)])
-    return score, weight, inputs[rows], grads[rows], segments_of([10, 15, 20])
+    meant = (score, weight, inputs[rows], grads[rows], segments_of([10, 15, 20]))
+    assert_within_budget(found, *meant)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("operand", [1, 2, 3])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_keeps_what_is_not_finite(backend, bad, operand, dtype):
+def test_keeps_what_is_not_finite(backend, case, bad, operand):
     """Scores are NaN and infinite exactly where float32's are; infinity times zero is NaN."""
+    variant, dtype = case
     operands = list(problem(66, 67, [9, 10], dtype))
     operands[1][3], operands[2][:, 5], operands[3][:, 7] = 0.0, 0.0, 0.0
     operands[operand][3, 66 if operand != 3 else 65] = bad
     expected = operands[0].clone()
     linear_sensitivity_reference_(expected, *operands[1:])
     sums = SensitivitySums.zeros(expected.shape, device=backend.device)
-    found = run(backend, *operands, sums=sums)
+    found = run(backend, *operands, variant=variant, sums=sums)
     assert not expected.isfinite().all()
     assert found.isnan().equal(expected.isnan())
     assert found.isinf().equal(expected.isinf())
@@ -176,17 +191,16 @@ def test_float32_split_is_as_good_as_it_says(backend):
     assert error.max() > 2.0**-12
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_only_sums(backend, dtype):
-    """Without a score: the sums of what would have been added to it, and no more than float32's
-    rounding apart from it."""
+def test_only_sums(backend, case):
+    """Without a score: the sums of what would have been added to it, to the bit."""
+    variant, dtype = case
     shape, lengths = (130, 140), [19, 16]
     score, *operands = problem(*shape, lengths, dtype)
     wanted = dict(device=backend.device, rows=True, cols=True, blocks=True)
     alone, beside = (SensitivitySums.zeros(shape, **wanted) for _ in range(2))
     zero = torch.zeros_like(score)
-    assert run(backend, None, *operands, sums=alone) is None
-    contributions = run(backend, zero, *operands, sums=beside)
+    assert run(backend, None, *operands, variant=variant, sums=alone) is None
+    contributions = run(backend, zero, *operands, variant=variant, sums=beside)
     expected = SensitivitySums.zeros(shape, **wanted | {"device": "cpu"})
     expected.add_reference(contributions)
     for name in ("rows", "cols", "blocks", "total", "nonfinite"):
@@ -195,15 +209,26 @@ def test_only_sums(backend, dtype):
         torch.testing.assert_close(found, getattr(expected, name), rtol=1e-13, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_equal_bits_in_every_run(backend, dtype):
+def test_equal_bits_in_every_run(backend, case):
+    variant, dtype = case
     operands = problem(65, 66, [9, 40], dtype)
-    assert run(backend, *operands).equal(run(backend, *operands))
+    first, second = (run(backend, *operands, variant=variant) for _ in range(2))
+    assert first.equal(second)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[170] * 4, [1, 15, 16, 17, 33, 300]], ids=str)
-def test_at_a_real_size(backend, dtype, lengths):
+def test_at_a_real_size(backend, case, lengths):
     if backend.emulated:
         pytest.skip("too large for the emulation")
-    check(backend, *problem(4864, 896, lengths, dtype))  # Qwen2.5-0.5B up_proj
+    variant, dtype = case
+    check(backend, *problem(4864, 896, lengths, dtype), variant=variant)  # Qwen2.5-0.5B up_proj
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_wgmma_agrees_with_mma(backend, dtype):
+    if not backend.emulated and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("wgmma needs sm_90a")
+    operands = problem(131, 200, [64, 47, 81], dtype)
+    _, terms = truth_of(*operands)
+    mma, wgmma = (run(backend, *operands, variant=variant).double() for variant in (MMA, WGMMA))
+    assert ((mma - wgmma).abs() <= 2.0**-18 * (terms + operands[0])).all()
