@@ -38,9 +38,16 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 
-# Every .cu file for every architecture, with nvcc's register and spill report against the record.
+# Every .cu file for every architecture: nvcc's registers and spills against the record, and the
+# machine code against the instructions meant. The disassembler, 6 MB, only where there is nvcc.
 cuda-check: $(VENV)/installed
+	if $(BIN)/python -c 'import setup; exit(not setup.find_nvcc())'; then \
+	  $(MAKE) --no-print-directory $(VENV)/disassembler; fi
 	$(BIN)/python .ci/registers.py
+
+$(VENV)/disassembler: constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	touch $@
 
 # A wheel under build isolation, with no torch anywhere near, and the symbols it needs.
 install-check: $(VENV)/installed

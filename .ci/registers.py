@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile every .cu file for every architecture and compare registers and spills with the record.
+"""Compile every .cu file for every architecture, compare registers and spills with the record
+(csrc/registers.json), and look in the machine code for what each kernel was written to use
+(csrc/instructions.json: kernels, as a pattern, to instructions that each of them must have).
 
-A kernel that needs more registers than recorded, or spills, fails; `--record` signs the new state.
-Without nvcc the step is skipped, visibly.
+A kernel that needs more registers than recorded, spills, or lacks an instruction fails; `--record`
+signs the registers. Without nvcc the step is skipped, visibly. `make cuda-check` fetches cuobjdump.
 """
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,56 +23,62 @@ sys.path.insert(0, str(ROOT))
 from setup import DEFAULT_ARCHS, find_nvcc, job_count, select_archs  # noqa: E402
 
 RECORD = ROOT / "csrc" / "registers.json"
+INSTRUCTIONS = ROOT / "csrc" / "instructions.json"
 
 
-def compile_report(nvcc: str, source: Path, archs: list[str]) -> dict[str, dict[str, int]]:
-    """kernel @ arch -> registers and spilled bytes, from `-Xptxas -v`."""
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+def find_cuobjdump() -> str:
+    """In the virtual environment first, then on PATH."""
+    fetched = sorted(Path(sys.prefix).glob("lib/python*/site-packages/nvidia/cu*/bin/cuobjdump"))
+    found = str(fetched[-1]) if fetched else shutil.which("cuobjdump")
+    if found is None:
+        sys.exit("no cuobjdump to read the machine code with: `make cuda-check` fetches it")
+    return found
+
+
+def plain(name: str, stem: str, arch: str) -> str:
+    """What both records call a kernel; nvcc puts a hash of the file into unnamed namespaces."""
+    name = re.sub(r"\d+_GLOBAL__N__\w+?_cu_[0-9a-f]{8}(?=\d)", "", name)
+    return f"{stem}/{name} sm_{arch}"
+
+
+def compile_report(nvcc: str, cuobjdump: str, source: Path, arch: str, host: bool) -> dict:
+    """kernel -> registers, spilled bytes and the instructions of its machine code. `host` compiles
+    the host's half too, which one architecture is enough for."""
     with tempfile.TemporaryDirectory() as scratch:
-        command = [nvcc, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-c",
-                   "-I", str(ROOT / "csrc"), *targets, str(source),
-                   "-o", f"{scratch}/out.o"]  # fmt: skip
+        target = f"{scratch}/out.{'o' if host else 'cubin'}"
+        command = [nvcc, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v",
+                   "-c" if host else "-cubin", "-I", str(ROOT / "csrc"), str(source), "-o", target,
+                   f"-gencode=arch=compute_{arch},code=sm_{arch}"]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{source.relative_to(ROOT)} does not compile:\n{done.stderr}")
+        if done.returncode:
+            sys.exit(f"{source.relative_to(ROOT)} does not compile for sm_{arch}:\n{done.stderr}")
+        # cuobjdump runs the nvdisasm that PATH finds
+        environment = os.environ | {"PATH": f"{Path(cuobjdump).parent}:{os.environ['PATH']}"}
+        dump = subprocess.run([cuobjdump, "-sass", target], capture_output=True, text=True,
+                              env=environment)  # fmt: skip
     pattern = (
-        r"Compiling entry function '(\S+)' for 'sm_(\w+)'.*?"
+        r"Compiling entry function '(\S+)' for.*?"
         r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
     )
     report = {}
-    for name, arch, stores, loads, registers in re.findall(pattern, done.stderr, re.S):
-        # nvcc puts a hash of the file into names of the unnamed namespace
-        plain = re.sub(r"\d+_GLOBAL__N__\w+?_cu_[0-9a-f]{8}(?=\d)", "", name)
-        kernel = f"{source.parent.name}/{plain} sm_{arch}"
-        report[kernel] = {"registers": int(registers), "spilled": int(stores) + int(loads)}
+    for name, stores, loads, registers in re.findall(pattern, done.stderr, re.S):
+        use = {"registers": int(registers), "spilled": int(stores) + int(loads)}
+        report[plain(name, source.parent.name, arch)] = use
+    if report and dump.returncode:
+        sys.exit(f"cuobjdump cannot read {source.relative_to(ROOT)}:\n{dump.stderr}")
+    for part in dump.stdout.split("Function : ")[1:]:
+        name, code = part.split(maxsplit=1)
+        found = set(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]+)", code, re.M))
+        report[plain(name, source.parent.name, arch)]["instructions"] = found
     return report
 
 
-def main() -> None:
-    nvcc = find_nvcc()
-    if nvcc is None:
-        print("SKIPPED cuda-check: no nvcc on this machine; no .cu file was compiled")
-        return
-    archs = select_archs(nvcc).split(";")
-    missing = [a for a in DEFAULT_ARCHS.split(";") if a not in archs]
-    if missing:
-        print(f"cuda-check: this nvcc cannot compile {', '.join(missing)}; those are skipped")
-    sources = sorted((ROOT / "csrc").glob("**/*.cu"))
-    with ThreadPoolExecutor(job_count()) as pool:
-        reports = pool.map(lambda source: compile_report(nvcc, source, archs), sources)
-        found = {kernel: use for report in reports for kernel, use in report.items()}
-    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    release = re.search(r"release (\S+),", release)[1]
-    if "--record" in sys.argv:
-        record = {"nvcc": release, "kernels": dict(sorted(found.items()))}
-        RECORD.write_text(json.dumps(record, indent=1) + "\n")
-        print(f"recorded {len(found)} kernels in {RECORD.relative_to(ROOT)}")
-        return
+def check_registers(found: dict, archs: list[str], release: str) -> list[str]:
     record = json.loads(RECORD.read_text())
     if record["nvcc"] != release:  # another ptxas allocates otherwise: compiling is all it can say
-        print(f"cuda-check: {len(found)} kernels compile; the record is of nvcc {record['nvcc']}, "
-              f"this is {release}, so registers are not compared")  # fmt: skip
-        return
+        print(f"cuda-check: the record is of nvcc {record['nvcc']}, this is {release}, "
+              "so registers are not compared")  # fmt: skip
+        return []
     known = record["kernels"]
     problems = [f"{kernel}: not in the record" for kernel in found if kernel not in known]
     problems += [f"{kernel}: recorded but gone" for kernel in known
@@ -79,11 +89,50 @@ def main() -> None:
                 problems.append(
                     f"{kernel}: {what} grew from {known[kernel][what]} to {found[kernel][what]}"
                 )
+    return [*problems, "sign with: python .ci/registers.py --record"] if problems else []
+
+
+def check_instructions(found: dict) -> list[str]:
+    problems = []
+    for pattern, wanted in json.loads(INSTRUCTIONS.read_text()).items():
+        kernels = [kernel for kernel in found if re.search(pattern, kernel)]
+        if not kernels:
+            problems.append(f"{INSTRUCTIONS.relative_to(ROOT)}: no kernel is called {pattern!r}")
+        for kernel in kernels:
+            has = found[kernel]["instructions"]
+            problems += [f"{kernel}: no instruction {want!r}" for want in wanted
+                         if not any(re.fullmatch(want, name) for name in has)]  # fmt: skip
+    return problems
+
+
+def main() -> None:
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("SKIPPED cuda-check: no nvcc on this machine; no .cu file was compiled")
+        return
+    cuobjdump = find_cuobjdump()
+    archs = select_archs(nvcc).split(";")
+    missing = [a for a in DEFAULT_ARCHS.split(";") if a not in archs]
+    if missing:
+        print(f"cuda-check: this nvcc cannot compile {', '.join(missing)}; those are skipped")
+    sources = sorted((ROOT / "csrc").glob("**/*.cu"), key=lambda path: -path.stat().st_size)
+    with ThreadPoolExecutor(job_count()) as pool:
+        reports = [pool.submit(compile_report, nvcc, cuobjdump, source, arch, arch == archs[0])
+                   for source in sources for arch in archs]  # fmt: skip
+        found = {kernel: use for report in reports for kernel, use in report.result().items()}
+    release = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\S+),", release)[1]
+    if "--record" in sys.argv:
+        kernels = {kernel: {what: found[kernel][what] for what in ("registers", "spilled")}
+                   for kernel in sorted(found)}  # fmt: skip
+        RECORD.write_text(json.dumps({"nvcc": release, "kernels": kernels}, indent=1) + "\n")
+        print(f"recorded {len(found)} kernels in {RECORD.relative_to(ROOT)}")
+    problems = check_registers(found, archs, release) + check_instructions(found)
     if problems:
-        sys.exit("\n".join([*sorted(problems), "sign with: python .ci/registers.py --record"]))
+        sys.exit("\n".join(problems))
     spills = sum(use["spilled"] > 0 for use in found.values())
-    print(f"cuda-check: {len(sources)} files, {len(found)} kernels x {len(archs)} architectures "
-          f"within the record; {spills} spill")  # fmt: skip
+    print(f"cuda-check: {len(sources)} files, {len(found)} kernels for {len(archs)} architectures "
+          f"within the record, their instructions where meant; {spills} spill")  # fmt: skip
 
 
 if __name__ == "__main__":
