@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel once on small ragged shapes, a minute under compute-sanitizer: benchmarks/run_gpu.sh
+runs the cuda cases below each of its tools. Closer checks are in the ops' own tests."""
+
+import pytest
+import torch
+
+from pkt_ext.ops import (
+    SensitivitySums,
+    accumulate_sensitivity_,
+    accumulate_sensitivity_reference_,
+    batched_cholesky_inverse,
+    batched_svd,
+    linear_sensitivity_,
+    linear_sensitivity_reference_,
+    lora_factors,
+    max_window,
+    max_window_reference,
+)
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(7)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(37, 53, 19, 24), (37, 56, 11, 24), (6, 1100, 4, 35)], ids=str)
+def test_max_window(backend, shape, dtype):
+    rows, cols, height, width = shape
+    score = randn(rows, cols, dtype=dtype).abs()
+    found = max_window(score.to(backend.device), height, width)
+    expected = max_window_reference(score, height, width)
+    assert found.row.item() == expected.row and found.col.item() == expected.col
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(33, 70), (65, 136)], ids=str)
+@pytest.mark.parametrize("op", ["elementwise", "linear"])
+def test_sensitivity(backend, op, shape, dtype):
+    outputs = [
+        (torch.zeros(shape, device=device),
+         SensitivitySums.zeros(shape, device=device, rows=True, cols=True, blocks=True))
+        for device in (backend.device, "cpu")
+    ]  # fmt: skip
+    if op == "elementwise":
+        operands = [randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)]
+        ours, reference = accumulate_sensitivity_, accumulate_sensitivity_reference_
+    else:
+        operands = [randn(*shape, dtype=dtype), randn(43, shape[1], dtype=dtype),
+                    randn(43, shape[0], dtype=dtype), torch.tensor([0, 5, 5, 38])]  # fmt: skip
+        ours, reference = linear_sensitivity_, linear_sensitivity_reference_
+    (score, sums), (expected, expected_sums) = outputs
+    ours(score, *(x.to(backend.device) for x in operands), sums=sums)
+    reference(expected, *operands, sums=expected_sums)
+    torch.testing.assert_close(score.cpu(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(sums.blocks.cpu(), expected_sums.blocks, rtol=1e-3, atol=1e-2)
+
+
+def test_small_algebra(backend):
+    rows = randn(2, 17, 40).double()
+    gram = rows @ rows.mT
+    lower = batched_cholesky_inverse(gram.to(backend.device)).lower.cpu()
+    torch.testing.assert_close(lower @ lower.mT, gram)
+    matrix = randn(2, 21, 13)
+    found = batched_svd(matrix.to(backend.device))
+    product = found.u * found.s[:, None] @ found.vh
+    torch.testing.assert_close(product.cpu(), matrix, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_low_rank(backend, dtype):
+    if backend.emulated:
+        pytest.skip("products go through torch")
+    matrix = randn(71, 90, dtype=dtype)[:, 5:50]
+    b, a = lora_factors(matrix.to(backend.device), 4)
+    left = torch.linalg.matrix_norm(matrix.double() - b.cpu().double() @ a.cpu().double())
+    best = torch.linalg.svdvals(matrix.double())[4:].norm()
+    assert left <= 1.02 * best
