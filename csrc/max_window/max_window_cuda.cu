@@ -254,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 512 / kThreads)
 }
 
 // A warp takes a run of the chunks, a lane a place.
-__global__ void __launch_bounds__(kSettleThreads)
+__global__ void __launch_bounds__(kSettleThreads, 1)
     settle(MaxWindowParams p, MaxWindowPlan plan, Slots slots) {
   double* starts = cuda::shared_memory<double>();
   double* moves = starts + kSettleThreads;
