@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import torch
 
-from pkt_ext.bench.contest import Contest, Contestant, Work, cache_bytes, hold
+from pkt_ext.bench.contest import Contest, Contestant, Match, Work, cache_bytes
 from pkt_ext.bench.data import Source
 
 
-def measure(device: torch.device, dtypes: set[torch.dtype], seconds: float) -> dict[str, dict]:
-    """Medians and quantiles of a copy and of a matrix product in each dtype, timed in turn.
+def match(device: torch.device, dtypes: set[torch.dtype]) -> Match:
+    """The match of a copy and of a matrix product in each dtype.
 
     The copy is eight times the last-level cache or more, read and written bytes counted; products
     are square, on random data (zeros run faster).
-
-    Returns:
-        "copy" and the dtypes' names -> unit ("bytes" or "flops"), per_second, and the samples.
     """
+    return Match(lambda: _contest(device, dtypes), device)
+
+
+def _contest(device: torch.device, dtypes: set[torch.dtype]) -> Contest:
     on_gpu = device.type == "cuda"
     source = Source(0, device)
     count = max(8 * cache_bytes(device), 1 << 30 if on_gpu else 1 << 28) // 4
@@ -32,8 +33,17 @@ def measure(device: torch.device, dtypes: set[torch.dtype], seconds: float) -> d
         work = Work(2.0 * side**3, 3.0 * side * side * dtype.itemsize)
         call = _product(a, b, torch.empty_like(a))
         contestants.append(Contestant(name, "light", call, work=work))
+    return Contest([()], contestants)
+
+
+def read(match: Match) -> dict[str, dict]:
+    """Medians and quantiles of all laps so far.
+
+    Returns:
+        "copy" and the dtypes' names -> unit ("bytes" or "flops"), per_second, and the samples.
+    """
     found = {}
-    for result in hold(Contest([()], contestants), device, seconds):
+    for result in match.results():
         unit = "bytes" if result.name == "copy" else "flops"
         found[result.name] = {
             "unit": unit,

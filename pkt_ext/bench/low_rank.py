@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 
-from pkt_ext.bench.contest import Contest, Contestant, Estimate, Verdict, Work, input_sets
+from pkt_ext.bench.contest import Contest, Contestant, Estimate, Verdict, Work
 from pkt_ext.bench.data import Source
 from pkt_ext.ops import lora_factors
 
@@ -56,18 +56,13 @@ class LowRank:
     def contest(self, device: torch.device) -> Contest:
         """Make the inputs and name the contestants."""
 
-        def make(seed):
-            source = Source(seed, device)
-            stride = self.stride or self.cols
-            first = _OFFSET if self.stride else 0
-            wide = source.normal(self.count, self.rows, stride).to(self.dtype)
-            matrix = wide[:, :, first : first + self.cols]
-            for one in matrix:
-                one.copy_(source.spectrum(self.rows, self.cols, self.spectrum))
-            return (matrix,)
-
-        sets = input_sets(make, device)
-        matrix = sets[0][0]
+        source = Source(0, device)
+        stride = self.stride or self.cols
+        first = _OFFSET if self.stride else 0
+        wide = source.normal(self.count, self.rows, stride).to(self.dtype)
+        matrix = wide[:, :, first : first + self.cols]
+        for one in matrix:
+            one.copy_(source.spectrum(self.rows, self.cols, self.spectrum))
         judge = _Judge(matrix[-1], self.rank)
         passes = {}
         for mode in ("converged", "fast"):
@@ -117,7 +112,7 @@ class LowRank:
                 work=self.work(passes["converged"], device.type),
             )
         )
-        return Contest(sets, contestants)
+        return Contest([(matrix,)], contestants)  # each call reads it many times: no rotation
 
     def _published(self, device: torch.device) -> Contestant:
         """A full SVD with square factors; cubic growth takes it from a smaller matrix to all."""

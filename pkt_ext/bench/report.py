@@ -99,7 +99,7 @@ def read(path: Path) -> dict:
 
 
 def header(document: dict) -> str:
-    """Machine, versions and ceilings."""
+    """Machine and versions."""
     machine, versions = document["machine"], document["versions"]
     memory = f"{machine['memory_bytes'] / 2**30:.0f} GiB"
     lines = [f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {memory}"]
@@ -107,7 +107,13 @@ def header(document: dict) -> str:
         lines.append(f"{machine['gpu']}, {machine['gpu_memory_bytes'] / 2**30:.0f} GiB")
     named = {name: value for name, value in versions.items() if value and name != "platform"}
     lines.append(", ".join(f"{name} {value}" for name, value in named.items()))
-    for name, ceiling in document["ceilings"].items():
+    return "\n".join(lines)
+
+
+def ceiling_text(ceilings: dict) -> str:
+    """The two ceilings, the second in each dtype."""
+    lines = []
+    for name, ceiling in ceilings.items():
         job = "copy" if name == "copy" else f"matmul {name}"
         spread = _spread(ceiling["quantiles"], ceiling["seconds"])
         lines.append(f"ceiling, {job}: {rate(ceiling['per_second'], ceiling['unit'])} ({spread})")

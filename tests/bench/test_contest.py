@@ -168,7 +168,9 @@ def test_the_binding_ceiling():
 
 def test_ceilings_are_rates_of_counted_work(monkeypatch):
     monkeypatch.setattr(ceilings, "cache_bytes", lambda _: 1024)
-    found = ceilings.measure(CPU, {torch.float32}, 0.1)
+    match = ceilings.match(CPU, {torch.float32})
+    match.lap(0.1)
+    found = ceilings.read(match)
     assert set(found) == {"copy", "float32"}
     assert found["copy"]["per_second"] == 2 * (1 << 28) / found["copy"]["quantiles"]["0.5"]
     assert found["float32"]["per_second"] == 2 * 2048**3 / found["float32"]["quantiles"]["0.5"]
