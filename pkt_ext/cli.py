@@ -305,7 +305,8 @@ def demo_command(
 @app.command("bench")
 def bench_command(
     stems: Annotated[
-        list[str] | None, typer.Argument(help="sensitivity, max_window, low_rank; none: all.")
+        list[str] | None,
+        typer.Argument(help="sensitivity, max_window, low_rank, small_svd; none: all."),
     ] = None,
     device: Device = None,
     size: Annotated[

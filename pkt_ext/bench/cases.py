@@ -11,9 +11,10 @@ import torch
 from pkt_ext.bench.low_rank import LowRank
 from pkt_ext.bench.max_window import Window
 from pkt_ext.bench.sensitivity import Elementwise, Linear
+from pkt_ext.bench.small_svd import CholeskyInverse, Svd
 from pkt_ext.errors import InputError
 
-Spec = Elementwise | Linear | Window | LowRank
+Spec = Elementwise | Linear | Window | LowRank | Svd | CholeskyInverse
 
 SIZES = ("small", "default", "full")  # full has the default's cases too
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -37,7 +38,17 @@ _SMALL: dict[str, list[Spec]] = {  # seconds for all: CI runs them
     ],
     "max_window": [Window("tiny", 160, 160, 128, 128)],
     "low_rank": [LowRank("tiny", 640, 576, 8, "spiked", stride=1200)],
+    "small_svd": [Svd("tiny", 3, 20), CholeskyInverse("tiny", 3, 20)],
 }
+_SMALL_SVDS = [  # a Krylov basis of one LoRA rank 16 extraction, for every matrix of a kind
+    Svd("32 Lanczos cores", 32, 96),
+    CholeskyInverse("32 Gram matrices", 32, 64),
+]
+_MORE_SMALL_SVDS = [
+    Svd("32 Lanczos cores, float64", 32, 96, torch.float64),
+    Svd("32 wide Lanczos cores", 32, 160),
+    CholeskyInverse("224 Gram matrices", 224, 64),
+]
 
 CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
     ("cpu", "small"): _SMALL,
@@ -57,6 +68,7 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
             LowRank("llama2-13b.q_proj window", 4096, 4096, 16, "power", 5120),
             LowRank("llama2-13b.up_proj window", 11008, 4096, 16, "spiked", 5120),
         ],
+        "small_svd": _SMALL_SVDS,
     },
     ("cpu", "full"): {
         "sensitivity": [
@@ -74,6 +86,7 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
             LowRank("llama2-13b.q_proj window, flat", 4096, 4096, 16, "flat", 5120),
             LowRank("llama2-7b.embed_tokens", 4096, 32000, 16, "spiked"),
         ],
+        "small_svd": _MORE_SMALL_SVDS,
     },
     ("cuda", "default"): {
         "sensitivity": [
@@ -85,6 +98,7 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
         ],
         "max_window": _WINDOWS,
         "low_rank": [LowRank("8 llama2-13b.up_proj windows", 11008, 4096, 16, "spiked", 5120, 8)],
+        "small_svd": _SMALL_SVDS,
     },
     ("cuda", "full"): {
         "sensitivity": [
@@ -105,6 +119,7 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
             LowRank("llama2-13b.q_proj window", 4096, 4096, 16, "power", 5120, shrink=1),
             LowRank("llama2-7b.embed_tokens", 4096, 32000, 16, "spiked"),
         ],
+        "small_svd": _MORE_SMALL_SVDS,
     },
 }
 
