@@ -54,18 +54,20 @@ def _by_kernel(matrix, threads: int, transposed: bool, thin: torch.Tensor) -> to
 
 
 def project_out(rows: torch.Tensor, basis: torch.Tensor, threads: int) -> torch.Tensor:
-    """Take from rows [b, N], in place, what lies in the orthonormal basis [K, N]; returns the
-    coefficients [b, K]. b a multiple of 8; on the CPU in float32, equal bits on any thread count.
-    """
+    """Take from rows [B, b, N], in place, what lies in the orthonormal bases [B, K, N]; returns the
+    coefficients [B, b, K]. b a multiple of 8; on the CPU in float32, equal bits on any thread
+    count."""
+    threads = threads if basis.shape[1] * rows.numel() > _ALONE else 1
     if rows.is_cuda or rows.dtype == torch.float64:
-        with on_threads(threads if len(basis) * rows.numel() > _ALONE else 1):
-            part = rows @ basis.T
-            torch.addmm(rows, part, basis, alpha=-1, out=rows)
+        with on_threads(threads):
+            part = rows @ basis.mT
+            rows.baddbmm_(part, basis, alpha=-1)
         return part
-    part = torch.empty(len(rows), len(basis))
+    part = torch.empty(*rows.shape[:2], basis.shape[1])
     product = _backend._C.thin_product
-    product(basis, rows, part, False, threads=threads)
-    product(basis, part.neg(), rows, True, accumulate=True, threads=threads)
+    for one, span, inside in zip(rows, basis, part, strict=True):
+        product(span, one, inside, False, threads=threads)
+        product(span, inside.neg(), one, True, accumulate=True, threads=threads)
     return part
 
 

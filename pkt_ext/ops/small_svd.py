@@ -85,6 +85,13 @@ def batched_svd(matrix: torch.Tensor) -> BatchedSvd:
     return BatchedSvd(*(part.view(leading + part.shape[1:]) for part in found))
 
 
+def batched_svd_fits(matrix: torch.Tensor) -> bool:
+    """Whether `batched_svd` has a kernel for [B, M, N] on its device; on the CPU it always has."""
+    shorter, longer = sorted(matrix.shape[1:])
+    with _backend.device_of(matrix):
+        return _backend._C.small_svd_workspace(matrix.new_empty(0, longer, shorter)) >= 0
+
+
 def _tall(matrix: torch.Tensor) -> BatchedSvd:
     batch, m, n = matrix.shape
     with _backend.device_of(matrix) as launch:

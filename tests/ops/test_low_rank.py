@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
+import itertools
 import math
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pkt_ext.ops import _backend, _krylov, _thin_products
+from pkt_ext.ops import _backend, _krylov, _thin_products, low_rank
 from pkt_ext.ops.low_rank import (
     lora_factors,
     lora_factors_reference,
@@ -208,6 +209,72 @@ def test_batches_equal_their_members_bit_by_bit():
             assert part[i, j].equal(alone)
 
 
+@pytest.fixture(params=["eigh", "core in a kernel", "core's part in a kernel"])
+def together(request, monkeypatch):
+    """Batches of up to five, as on a GPU, and its ways with the core."""
+    monkeypatch.setattr(low_rank, "_together", lambda matrix, plan: 5)
+    if request.param != "eigh":
+        monkeypatch.setattr(_krylov, "_by_jacobi", lambda core: True)
+        fits = request.param == "core in a kernel"
+        monkeypatch.setattr(_krylov, "batched_svd_fits", lambda core: fits and core.shape[1] < 60)
+
+
+@pytest.mark.parametrize("shape", [(640, 576), (576, 640)], ids=str)
+def test_matrices_that_go_together_converge_each_for_itself(together, shape):
+    names = ["geometric", "power", "spiked", "deficient", "repeated", "power"]
+    batch = torch.stack([example(shape, name)[0] for name in names]).float()
+    batch[5] = 0.0
+    rank = 8
+    u, s, vh, report = truncated_svd(batch, rank, return_report=True)
+    assert report.converged.all() and len(report.passes.unique()) > 2
+    for i, name in enumerate(names[:-1]):
+        wanted, values = best(shape, name, rank), example(shape, name)[2]
+        assert distance((u[i] * s[i]) @ vh[i], wanted) <= report.error[i] + 1e-6
+        share = float(values[:rank].square().sum() / values.square().sum())
+        assert float(report.captured[i]) == pytest.approx(share, rel=1e-5)
+    assert not s[5].any() and report.captured[5] == 1
+    for i in range(len(names)):
+        check_orthonormal(u[i].T)
+        check_orthonormal(vh[i])
+    alone = truncated_svd(batch[1], rank)
+    torch.testing.assert_close(s[1], alone[1], rtol=1e-4, atol=0.0)
+
+
+def test_together_in_float64_and_with_restarts(together, monkeypatch):
+    monkeypatch.setattr(_krylov, "_BASIS", 64)
+    names = ["geometric", "power", "spiked"]
+    batch = torch.stack([example((640, 576), name)[0] for name in names])
+    u, s, vh, report = truncated_svd(batch, 8, tol=1e-6, return_report=True)
+    assert report.converged.all() and report.passes.max() > 2 * 64 // 8
+    for i, name in enumerate(names):
+        assert distance((u[i] * s[i]) @ vh[i], best((640, 576), name, 8)) <= 1e-6
+
+
+def test_together_in_fast_mode_from_views(together):
+    parent = torch.zeros(3, 1100, 720, dtype=torch.bfloat16)
+    for i, name in enumerate(["power", "spiked", "power"]):
+        parent[i, 5:1036, 3:703] = example((1031, 700), name)[0].to(torch.bfloat16)
+    view = parent[:, 5:1036, 3:703]
+    b, a, report = lora_factors(view, 16, mode="fast", return_report=True)
+    assert (report.passes == report.passes[0]).all()
+    for i, name in enumerate(["power", "spiked", "power"]):
+        energy = float((b[i] @ a[i]).double().norm() ** 2)
+        assert energy >= 0.997 * float(example((1031, 700), name)[2][:16].square().sum())
+    assert b[0].equal(b[2]) and a[0].equal(a[2])
+
+
+def test_together_one_may_need_the_full_svd_or_be_refused(together, monkeypatch):
+    monkeypatch.setattr(_krylov, "_BASIS", 48)  # slow enough to reach the full SVD's cost
+    flat = torch.randn(640, 576, generator=generator()).double()
+    batch = torch.stack([example((640, 576), "geometric")[0], flat])
+    u, s, vh, report = truncated_svd(batch, 8, tol=1e-9, return_report=True)
+    assert report.passes[0] > 0 and report.passes[1] == 0 and report.converged.all()
+    torch.testing.assert_close(s, truncated_svd_reference(batch, 8)[1], rtol=0, atol=1e-8)
+    batch[1, 17, 23] = math.nan
+    with pytest.raises(ValueError, match=r"matrix: NaN or infinity at \[17, 23\]"):
+        truncated_svd(batch, 8)
+
+
 def test_empty_batch():
     u, s, vh, report = truncated_svd(torch.empty(0, 3, 9, 7), 2, return_report=True)
     assert (u.shape, s.shape, vh.shape) == ((0, 3, 9, 2), (0, 3, 2), (0, 3, 2, 7))
@@ -328,17 +395,20 @@ def test_same_bits_from_the_same_seed_and_the_global_one_untouched():
     assert not first[0].equal(truncated_svd(matrix, 6, mode="fast", seed=4)[0])
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_thread_counts_agree_and_are_restored(threads):
-    matrix = example((640, 576), "power")[0].float()
-    before = torch.get_num_threads()
-    try:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(640, 576), (523, 2003)], ids=str)
+def test_same_bits_on_any_thread_count_which_is_restored(monkeypatch, shape, dtype):
+    monkeypatch.setattr(_thin_products, "_ALONE", 0)  # however short, on every thread
+    matrix = example(shape, "power")[0].to(dtype)
+    results = []
+    for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        b, a = lora_factors(matrix, 16, tol=1e-5)
+        results.append(truncated_svd(matrix, 16, return_report=True))
         assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    assert distance(b @ a, best((640, 576), "power", 16)) < 1e-5
+    (*one, report), *others = results
+    assert report.passes > 0
+    for *other, _ in others:
+        assert all(a.equal(b) for a, b in zip(one, other, strict=True))
 
 
 MATMULS = (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul)
@@ -420,28 +490,27 @@ def test_errors():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1), (24, 512), (2, 541), (149, 31), (131, 1039)], ids=str)
-@pytest.mark.parametrize("columns", [8, 40])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("variant", [0, 1, 2])
-def test_thin_product(backend, dtype, shape, columns, transposed, variant):
+def test_thin_product(backend, dtype, shape, transposed):
     if backend.device == "cuda":
         pytest.skip("cuBLAS does these products on a GPU")
     parent = torch.randn(shape[0] + 2, shape[1] + 9, generator=generator()).to(dtype)
     parent[0] = parent[:, :3] = parent[:, -6:] = math.nan  # nothing outside the window is read
     matrix = parent[1:-1, 3:-6]
-    thin = torch.randn(columns, shape[0 if transposed else 1], generator=generator())
     exact = (matrix if transposed else matrix.T).double()
-    wanted, scale = thin.double() @ exact, thin.double().abs() @ exact.abs()
-    results = []
-    for threads in (1, 2, 5):
-        out = torch.full_like(wanted, math.nan, dtype=torch.float32)
-        arguments = {"threads": threads, "variant": variant}
-        _backend._C.thin_product(matrix, thin, out, transposed, **arguments)
-        results.append(out.clone())
-        _backend._C.thin_product(matrix, thin, out, transposed, accumulate=True, **arguments)
-        assert out.equal(2 * results[-1]) or (out - 2 * wanted).abs().max() < 1e-5 * scale.max()
-    assert ((results[0].double() - wanted).abs() <= 4e-7 * scale).all()
-    assert results[0].equal(results[1]) and results[0].equal(results[2])
+    for columns, variant in itertools.product((8, 40), (0, 1, 2)):
+        thin = torch.randn(columns, len(exact), generator=generator())
+        wanted, scale = thin.double() @ exact, thin.double().abs() @ exact.abs()
+        results = []
+        for threads in (1, 2, 5):
+            out = torch.full((columns, exact.shape[1]), math.nan)
+            arguments = {"threads": threads, "variant": variant}
+            _backend._C.thin_product(matrix, thin, out, transposed, **arguments)
+            results.append(out.clone())
+            _backend._C.thin_product(matrix, thin, out, transposed, accumulate=True, **arguments)
+            assert ((out.double() - 2 * wanted).abs() <= 8e-7 * scale).all()
+        assert ((results[0].double() - wanted).abs() <= 4e-7 * scale).all()
+        assert results[0].equal(results[1]) and results[0].equal(results[2])
 
 
 @pytest.mark.parametrize("variant", [0, 1, 2])
@@ -454,6 +523,20 @@ def test_thin_product_widens_every_16_bit_number(variant):
         out = torch.empty(8, 2**16)
         _backend._C.thin_product(matrix, one, out, True, variant=variant)
         torch.testing.assert_close(out[3], matrix[0].float(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (300, 77), (513, 32)], ids=str)
+def test_square_sum(backend, dtype, shape):
+    if backend.device == "cuda":
+        pytest.skip("torch does this on a GPU")
+    matrix = torch.randn(shape[0], shape[1] + 9, generator=generator()).to(dtype)[:, 3:-6]
+    found = {_backend._C.square_sum(matrix, threads=threads) for threads in (1, 2, 5)}
+    assert len(found) == 1
+    assert found.pop() == pytest.approx(float(matrix.double().square().sum()), rel=1e-14)
+    for view in (matrix, matrix.T, matrix[:, ::2]):
+        wanted = float(view.double().square().sum())
+        assert float(_thin_products.square_sum(view)) == pytest.approx(wanted, rel=1e-14)
 
 
 def test_thin_product_errors():
