@@ -140,7 +140,8 @@ class _Trial:
 
     verdict: Verdict | None
     peak_bytes: int | None
-    seconds: float
+    seconds: float  # the call took, checks not included
+    sample: float = 0.0  # what it says of the whole job
     failed: str = ""
 
 
@@ -160,17 +161,18 @@ def _try(contestant: Contestant, contest: Contest, device: torch.device) -> _Tri
             raise
         short = isinstance(error, torch.OutOfMemoryError)
         reason = "out of memory" if short else f"fails: {error}".split("\n")[0][:90]
-        return _Trial(None, None, 0.0, reason)
+        return _Trial(None, None, 0.0, failed=reason)
     seconds, output = time.perf_counter() - start, held.pop()
+    sample = output.seconds if contestant.part else seconds
     if contestant.check is None:
-        return _Trial(None, peak, seconds)
+        return _Trial(None, peak, seconds, sample)
     verdict = contestant.check(output.output if contestant.part else output)
     if not verdict.error <= verdict.allowed:  # NaN fails
         raise VerificationError(
             f"{contestant.name} is off by {verdict.error:.3g} where {verdict.allowed:.3g} is "
             "allowed; nothing was timed"
         )
-    return _Trial(verdict, peak, seconds)
+    return _Trial(verdict, peak, seconds, sample)
 
 
 def verify(contest: Contest, device: torch.device) -> dict[str, _Trial]:
@@ -301,12 +303,14 @@ class Match:
         self._contestants: list[Contestant] = []
         self._trials: dict[str, _Trial] = {}
         self._samples: dict[str, list[float]] = {}
+        self._out: set[str] = set()  # who does not play
         self._repeats: dict[str, int] = {}
 
     def lap(self, seconds: float) -> None:
         """Take samples: about `seconds` in all, a third of them for the race at least.
 
-        The first lap verifies everybody.
+        The first lap verifies everybody. Who took longer for that one call than all may for a lap
+        keeps its time and does not play.
 
         Raises:
             VerificationError: see `verify`.
@@ -316,10 +320,17 @@ class Match:
         if not self._trials:
             self._trials = verify(contest, self._device)
             self._contestants, self.sets = contest.contestants, len(contest.sets)
+            self._samples = {
+                name: [trial.sample]
+                for name, trial in self._trials.items()
+                if trial.seconds > max(seconds, _SLOW)
+            }
+            self._out = {name for name, trial in self._trials.items() if trial.failed}
+            self._out |= self._samples.keys()
         clocks = {
             c.name: _Clock(c, contest, self._device, self._trials[c.name].seconds)
             for c in contest.contestants
-            if not self._trials[c.name].failed
+            if c.name not in self._out
         }
         found = race(clocks, max(seconds / 3, seconds - (time.perf_counter() - start)))
         for name, samples in found.items():
@@ -330,7 +341,7 @@ class Match:
         """Every contestant's figures so far."""
         return [
             _result(
-                c, self._trials[c.name], self._repeats.get(c.name, 0), self._samples.get(c.name, [])
+                c, self._trials[c.name], self._repeats.get(c.name, 1), self._samples.get(c.name, [])
             )
             for c in self._contestants
         ]

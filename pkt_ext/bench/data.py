@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from pkt_ext.ops._thin_products import on_threads
+
 
 class Source:
     """Random tensors of one seed on one device."""
@@ -68,7 +70,9 @@ class Source:
             return self._mixed(self._mixed(values).T).T
         count = max(1, int(0.06 * small))
         fall = (torch.arange(1, count + 1, device=self.device) / count) ** -0.3
-        left, right = (torch.linalg.qr(self.normal(n, count)).Q for n in (rows, cols))
+        thin = [self.normal(n, count) for n in (rows, cols)]
+        with on_threads(1):
+            left, right = (torch.linalg.qr(one).Q for one in thin)
         edge = rows**0.5 + cols**0.5  # the bulk's largest singular value
         return self.normal(rows, cols).addmm_(left * (edge * fall), right.T)
 

@@ -12,6 +12,7 @@ import torch
 from pkt_ext.bench.contest import Contest, Contestant, Estimate, Verdict, Work
 from pkt_ext.bench.data import Source
 from pkt_ext.ops import lora_factors
+from pkt_ext.ops._thin_products import on_threads
 
 _OFFSET = 517  # the column a window starts at: odd, as most are
 
@@ -221,19 +222,20 @@ def leading_triplets(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...
         u, s, vh = torch.linalg.svd(wide, full_matrices=False)
         return u[:, :rank], s[:rank], vh[:rank]
     generator = torch.Generator(wide.device).manual_seed(7)
+    qr, eigh = (on_threads(1)(f) for f in (torch.linalg.qr, torch.linalg.eigh))
     block = torch.randn(
         wide.shape[1], rank + 32, generator=generator, dtype=wide.dtype, device=wide.device
     )
-    basis = torch.linalg.qr(block).Q
+    basis = qr(block).Q
     image = wide @ basis
     before = None
     while basis.shape[1] < min(*wide.shape, 1536):
         block = wide.T @ image[:, -block.shape[1] :]
         for _ in range(2):
-            block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
+            block = qr(block - basis @ (basis.T @ block)).Q
         basis = torch.cat([basis, block], 1)
         image = torch.cat([image, wide @ block], 1)
-        values, vectors = torch.linalg.eigh(image.T @ image)
+        values, vectors = eigh(image.T @ image)
         turned = vectors.flip(1)[:, :rank]
         s = values.flip(0)[:rank].clamp(min=0).sqrt()
         u, v = image @ turned / s, basis @ turned

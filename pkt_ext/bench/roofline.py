@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 
 from pkt_ext.errors import InputError
@@ -42,7 +43,7 @@ def plot(document: dict, path: Path) -> None:
             span[1] = max(span[1], 4 * ridge)
             (line,) = axes.plot([ridge, span[1]], [top, top], label=f"matmul, {name}")
             axes.plot([span[0], ridge], [span[0] * bandwidth, top], color=line.get_color(), lw=0.8)
-    markers = dict(zip(sorted({op for _, op, _ in points}), "osD^v", strict=False))
+    markers = dict(zip(sorted({op for _, op, _ in points}), cycle("osD^vP*"), strict=False))
     for number, (name, op, entry) in enumerate(points, 1):
         place = entry["flops"] / entry["bytes"], entry["flops"] / entry["quantiles"]["0.5"]
         axes.plot(*place, markers[op], color="black", markersize=4)

@@ -262,6 +262,22 @@ def test_laps_make_inputs_anew_verify_once_and_add_their_samples():
     assert both.seconds[:count] == first.seconds and len(both.seconds) > count
 
 
+def test_a_call_longer_than_a_lap_is_made_once(monkeypatch):
+    monkeypatch.setattr(contest, "_SLOW", 0.01)
+    calls = []
+
+    def slow():
+        calls.append(time.sleep(0.05))
+        return Estimate(7.0, None)
+
+    ways = [Contestant("slow", "torch", slow, part="some"), Contestant("ok", "ours", time.time)]
+    match = contest.Match(lambda: Contest([()], ways), CPU)
+    for _ in range(2):
+        match.lap(0.02)
+    slow_one, quick = match.results()
+    assert len(calls) == 1 and slow_one.seconds == [7.0] and len(quick.seconds) > 1
+
+
 def test_a_part_stands_for_the_whole():
     def call():
         return Estimate(7.0, "output")

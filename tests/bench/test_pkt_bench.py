@@ -295,6 +295,13 @@ def test_the_plot_holds_both_ceilings_and_every_op(tmp_path, monkeypatch):
     assert labels[0] == "matmul, float32" and "some matrix" in labels[-1]
 
 
+def test_more_ops_than_markers_are_drawn(tmp_path):
+    run = document({"ours": [1.0]})
+    run["cases"] = [run["cases"][0] | {"op": f"op{i}"} for i in range(9)]
+    roofline.plot(run, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
 def test_the_commit_is_known_in_a_checkout_only(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "__file__", str(tmp_path / "pkt_ext" / "bench" / "machine.py"))
     assert machine._commit() is None
