@@ -52,6 +52,14 @@ struct ThinProductParams {
   int variant;  // -1: the best this CPU has; 0: baseline, 1: AVX2, 2: AVX-512, or the next it has
 };
 
+// The sum of A's squares in float64, in an order that no thread count changes; CPU only.
+struct SquareSumParams {
+  const void* matrix;              // A [rows, cols] of `dtype`, each row contiguous
+  DType dtype;                     // f32, f64, f16 or bf16
+  int64_t rows, cols, row_stride;  // the stride in elements
+};
+
+double square_sum_cpu(const SquareSumParams& params, int threads);
 void thin_product_cpu(const ThinProductParams& params, int threads);
 void split_slices_cpu(const SplitSlicesParams& params, int threads);
 void split_slices_cuda(const SplitSlicesParams& params, void* stream);

@@ -79,16 +79,30 @@ void orient_factors(py::handle left, py::handle right, py::handle left_scale,
                orient_factors_cuda(p, reinterpret_cast<void*>(stream)));
 }
 
-void thin_product(py::handle matrix, py::handle thin, py::handle out, bool transposed,
-                  bool accumulate, int threads, int variant) {
-  const TensorView a = view(matrix, "matrix", 2, {DType::f32, DType::f16, DType::bf16});
-  const TensorView t = dense(thin, "thin", 2, {DType::f32}, &a);
-  const TensorView o = dense(out, "out", 2, {DType::f32}, &a);
-  if (a.device >= 0) throw py::value_error("thin_product: expected tensors on the CPU");
+// A matrix on the CPU whose rows are contiguous.
+TensorView by_rows(const char* op, py::handle matrix, std::initializer_list<DType> allowed) {
+  const TensorView a = view(matrix, "matrix", 2, allowed);
+  if (a.device >= 0) throw py::value_error(std::string(op) + ": expected tensors on the CPU");
   if (a.shape[1] > 1 && a.stride[1] != 1) {
     throw py::value_error("matrix: expected contiguous rows, got a column stride of " +
                           std::to_string(a.stride[1]));
   }
+  return a;
+}
+
+double square_sum(py::handle matrix, int threads) {
+  const TensorView a =
+      by_rows("square_sum", matrix, {DType::f32, DType::f64, DType::f16, DType::bf16});
+  const SquareSumParams p{a.data, a.dtype, a.shape[0], a.shape[1], a.stride[0]};
+  py::gil_scoped_release release;
+  return square_sum_cpu(p, threads);
+}
+
+void thin_product(py::handle matrix, py::handle thin, py::handle out, bool transposed,
+                  bool accumulate, int threads, int variant) {
+  const TensorView a = by_rows("thin_product", matrix, {DType::f32, DType::f16, DType::bf16});
+  const TensorView t = dense(thin, "thin", 2, {DType::f32}, &a);
+  const TensorView o = dense(out, "out", 2, {DType::f32}, &a);
   const int64_t columns = t.shape[0];
   if (columns % 8 != 0) {
     throw py::value_error("thin: expected a multiple of 8 rows, got " + std::to_string(columns));
@@ -116,6 +130,7 @@ void bind_low_rank(py::module_& m) {
   m.def("thin_product", &thin_product, py::arg("matrix"), py::arg("thin"), py::arg("out"),
         py::arg("transposed"), py::arg("accumulate") = false, py::arg("threads") = 1,
         py::arg("variant") = -1);
+  m.def("square_sum", &square_sum, py::arg("matrix"), py::arg("threads") = 1);
   m.def("split_slices", &split_slices, py::arg("values"), py::arg("scale"), py::arg("slices"),
         py::arg("lead"), py::arg("threads"), py::arg("stream"));
   m.def("merge_slices", &merge_slices, py::arg("parts"), py::arg("scale"), py::arg("out"),

@@ -3,7 +3,9 @@
 // negligible beside them.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <stdexcept>
+#include <vector>
 
 #include "core/parallel.h"
 #include "low_rank/low_rank.h"
@@ -69,7 +71,42 @@ void orient(const OrientFactorsParams& p, int threads) {
   });
 }
 
+constexpr int64_t kSumLanes = 32;
+
+template <typename T>
+PKT_SIMD_CLONES void add_squares(double* sums, const T* row, int64_t count) {
+  double lanes[kSumLanes] = {};
+  for (; count >= kSumLanes; count -= kSumLanes, row += kSumLanes) {
+    for (int64_t j = 0; j < kSumLanes; ++j) lanes[j] += to_double(row[j]) * to_double(row[j]);
+  }
+  for (int64_t j = 0; j < count; ++j) lanes[j] += to_double(row[j]) * to_double(row[j]);
+  for (int64_t j = 0; j < kSumLanes; ++j) sums[j] += lanes[j];
+}
+
+template <typename T>
+double sum_squares(const SquareSumParams& p, int threads) {
+  const T* matrix = static_cast<const T*>(p.matrix);
+  std::vector<double> chunks(ceil_div(p.rows, kRowChunk));
+  parallel_for(threads, static_cast<int64_t>(chunks.size()), [&](int64_t chunk) {
+    double sums[kSumLanes] = {};
+    const int64_t last = std::min(p.rows, (chunk + 1) * kRowChunk);
+    for (int64_t i = chunk * kRowChunk; i < last; ++i) {
+      add_squares(sums, matrix + i * p.row_stride, p.cols);
+    }
+    chunks[chunk] = std::accumulate(sums, sums + kSumLanes, 0.0);
+  });
+  return std::accumulate(chunks.begin(), chunks.end(), 0.0);
+}
+
 }  // namespace
+
+double square_sum_cpu(const SquareSumParams& p, int threads) {
+  if (p.dtype == DType::f32) return sum_squares<float>(p, threads);
+  if (p.dtype == DType::f64) return sum_squares<double>(p, threads);
+  if (p.dtype == DType::f16) return sum_squares<half>(p, threads);
+  if (p.dtype == DType::bf16) return sum_squares<bfloat16>(p, threads);
+  throw std::logic_error("square_sum: dtype the binding does not admit");
+}
 
 void split_slices_cpu(const SplitSlicesParams& p, int threads) {
   if (p.dtype == DType::f16) return split<half>(p, threads);

@@ -8,8 +8,9 @@ step costs two products with A; nothing ever copies A.
 
 When to stop. ||residual|| / (sigma_i - sigma_{r+1}), weighted by sigma_i, bounds the error of the
 product U S Vh, but measured 20 to 150 times over it, because residuals point at singular vectors
-far below the cut. So the bound only has to fall under 1/4, which rules out that a vector is missing
-or swapped, and the error is then read off how far the last step moved the product.
+far below the cut. So each triplet's ||residual|| / (sigma_i - sigma_{r+1}) only has to fall under
+1/4, which rules out that a vector is missing or swapped; those over it count as errors. What the
+others leave is read off how far the last step moved the product.
 
 How wide a block. Narrow blocks need fewer columns in all, but a block of b columns finds a singular
 value of any multiplicity b times only, and takes a cluster tighter than its polynomials resolve for
@@ -35,8 +36,8 @@ from pkt_ext.ops.small_svd import batched_cholesky_inverse, batched_svd, batched
 
 _BASIS = 1024  # basis vectors before a restart: more make orthogonalisation outweigh the passes
 _GAP = 1e-4  # below this share of sigma_r the r-th subspace is not told apart from the next
-_SEPARATED = 0.25  # a residual bound under this leaves no doubt which triplets are the leading ones
-_SPREAD = 0.05  # as many Ritz values as a block has columns, this close: there may be more of them
+_SEPARATED = 0.25  # residual over gap below which there is no doubt which triplet this is
+_SPREAD = 0.01  # as many Ritz values as a block has columns, this close: there may be more of them
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def lanczos(matrices, rank, plan, tol, seed, threads) -> list[Found | None]:
             wait = steps // 4
             if ritz.bound < 1.0:  # from here on both fall by a steady factor
                 excess = max(ritz.moved * fall / tol, ritz.bound / _SEPARATED, 1.0)
-                wait = min(int(0.8 * math.log(excess) / -math.log(fall)), steps // 2)
+                wait = min(int(0.5 * math.log(excess) / -math.log(fall)), steps // 2)
             moved[member] = ritz.moved
             remaining.append(place)
             waits.append(max(1, wait))
@@ -157,7 +158,7 @@ def lanczos(matrices, rank, plan, tol, seed, threads) -> list[Found | None]:
         if not remaining or columns >= n:
             return results
         bases.keep(remaining, size + width)
-        checked, next_check = steps, steps + min(waits)
+        checked, next_check = steps, steps + min(*waits, -(-(n - columns) // width))
         if missing:
             extra = min(width, plan.widest - width)
             more = slice(after.stop, after.stop + extra)
@@ -180,8 +181,9 @@ def bytes_needed(shape: tuple[int, int], plan: Plan, itemsize: int) -> int:
     return columns * (sum(shape) * itemsize + 8 * columns)
 
 
-def bound(sigma: torch.Tensor, residual: torch.Tensor, precision: float) -> float:
-    """First-order bound of the product's relative error; infinite without a gap.
+def bound(sigma, residual, precision: float, beyond: float = 0.0) -> float:
+    """First-order bound of the product's relative error, of those triplets whose residual is over
+    `beyond` times their gap; infinite without a gap.
 
     sigma: [R + 1] descending (or [R] where there is no next), residual: [R], both float64.
     """
@@ -194,7 +196,8 @@ def bound(sigma: torch.Tensor, residual: torch.Tensor, precision: float) -> floa
     gap = top - following
     if live[-1] and float(gap[-1]) < _GAP * float(top[-1]):
         return math.inf
-    return float((top * residual.clamp(min=floor) / gap)[live].norm() / top.norm())
+    angle = residual.clamp(min=floor) / gap
+    return float((top * angle)[live & (angle > beyond)].norm() / top.norm())
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,7 @@ class Ritz:
     values: torch.Tensor  # [R] float64
     moved: float  # how far the last step moved the product, relative to it
     bound: float  # of the relative error of the product a step ago, from its residuals
+    doubt: float  # the same, of triplets that may not be the leading ones
     noise: float  # of what rounding alone does to the product
     residual: float  # the largest, in units of sigma_r
     floor: float  # values below it are rounding
@@ -213,10 +217,9 @@ class Ritz:
         """The product's relative error, `fall` being the factor by which a step reduces it.
 
         A step's move is nearly orthogonal to the error it leaves (the bases are nested), so a move
-        of d leaves d fall / sqrt(1 - fall^2): doubled, for caution.
+        of d leaves d fall / sqrt(1 - fall^2): tripled, for caution.
         """
-        left = self.moved * 2 * fall / math.sqrt(1 - fall**2)
-        return max(left, self.noise) if self.bound <= _SEPARATED else max(left, self.bound)
+        return max(self.moved * 3 * fall / math.sqrt(1 - fall**2), self.doubt, self.noise)
 
     def clustered(self, count: int) -> bool:
         """Do `count` successive wanted values, rounding aside, lie within `_SPREAD`?"""
@@ -250,6 +253,7 @@ def _judge(change, values, residual, sigma, precision) -> Ritz:
         values=values,
         moved=change / max(float(values.norm()), torch.finfo(values.dtype).tiny),
         bound=bound(sigma, residual, precision),
+        doubt=bound(sigma, residual, precision, _SEPARATED),
         noise=bound(sigma, torch.zeros_like(residual), precision),
         residual=worst / smallest if smallest else 0.0,
         floor=precision * float(sigma[0]),

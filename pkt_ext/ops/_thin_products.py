@@ -9,7 +9,7 @@ import torch
 
 from pkt_ext.ops import _backend
 
-_ALONE = 1 << 25  # multiply-adds below which waking threads costs more than it saves
+_ALONE = 1 << 23  # multiply-adds below which waking threads costs more than it saves
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -69,6 +69,17 @@ def project_out(rows: torch.Tensor, basis: torch.Tensor, threads: int) -> torch.
         product(span, one, inside, False, threads=threads)
         product(span, inside.neg(), one, True, accumulate=True, threads=threads)
     return part
+
+
+def square_sum(matrix: torch.Tensor) -> torch.Tensor:
+    """||A||^2 of A [M, N], float64 []; on the CPU equal bits on any thread count."""
+    if matrix.stride(0) == 1:
+        matrix = matrix.T
+    if matrix.is_cuda or matrix.stride(1) != 1:
+        norms = [torch.linalg.vector_norm(p, dtype=torch.float64) for p in matrix.split(1024)]
+        return torch.stack(norms).square().sum()
+    threads = torch.get_num_threads()
+    return torch.tensor(_backend._C.square_sum(matrix, threads=threads), dtype=torch.float64)
 
 
 def _sliced_products(matrix: torch.Tensor) -> tuple[Product, Product]:

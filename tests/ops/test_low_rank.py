@@ -267,7 +267,7 @@ def test_together_one_may_need_the_full_svd_or_be_refused(together, monkeypatch)
     monkeypatch.setattr(_krylov, "_BASIS", 48)  # slow enough to reach the full SVD's cost
     flat = torch.randn(640, 576, generator=generator()).double()
     batch = torch.stack([example((640, 576), "geometric")[0], flat])
-    u, s, vh, report = truncated_svd(batch, 8, tol=1e-9, return_report=True)
+    u, s, vh, report = truncated_svd(batch, 8, tol=1e-11, return_report=True)
     assert report.passes[0] > 0 and report.passes[1] == 0 and report.converged.all()
     torch.testing.assert_close(s, truncated_svd_reference(batch, 8)[1], rtol=0, atol=1e-8)
     batch[1, 17, 23] = math.nan
@@ -328,7 +328,7 @@ def test_flat_noise_is_told_apart_from_convergence():
 def test_fast_mode_keeps_the_energy_in_few_columns(name, rank):
     matrix, _, s, _ = example((1031, 700), name)
     b, a, report = lora_factors(matrix.float(), rank, mode="fast", return_report=True)
-    assert report.passes == {1: 8, 4: 10, 16: 18, 48: 22}[rank]
+    assert report.passes == {1: 8, 4: 10, 16: 18, 48: 24}[rank]
     assert float((b @ a).double().norm() ** 2) >= 0.999 * float(s[:rank].square().sum())
 
 
@@ -527,16 +527,14 @@ def test_thin_product_widens_every_16_bit_number(variant):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1), (300, 77), (513, 32)], ids=str)
-def test_square_sum(backend, dtype, shape):
-    if backend.device == "cuda":
-        pytest.skip("torch does this on a GPU")
+def test_square_sum(dtype, shape):
     matrix = torch.randn(shape[0], shape[1] + 9, generator=generator()).to(dtype)[:, 3:-6]
     found = {_backend._C.square_sum(matrix, threads=threads) for threads in (1, 2, 5)}
     assert len(found) == 1
     assert found.pop() == pytest.approx(float(matrix.double().square().sum()), rel=1e-14)
     for view in (matrix, matrix.T, matrix[:, ::2]):
         wanted = float(view.double().square().sum())
-        assert float(_thin_products.square_sum(view)) == pytest.approx(wanted, rel=1e-14)
+        assert float(_thin_products.square_sum(view)) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_thin_product_errors():
