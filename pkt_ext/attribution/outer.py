@@ -18,6 +18,7 @@ from pkt_ext.errors import InputError
 from pkt_ext.streaming.passes import Pass, not_finite
 
 _CHUNK = 2**23  # elements of a chunk of the head, or of its output gradients, whichever is more
+_NARROW = 256  # rows of a chunk whose rows are embeddings too; each brings as many rows again
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,25 +122,41 @@ def _score_head(
     wanted: torch.Tensor | None,
     full: dict[str, torch.Tensor] | None,
 ) -> None:
-    """The head, a chunk of vocabulary rows at a time over all samples."""
+    """The head, a chunk of vocabulary rows at a time over all samples.
+
+    A tied matrix's rows that are some sample's input come apart from the others, in narrow chunks:
+    only their chunks get further rows of inputs and gradients, as many as the chunk has tokens.
+    """
     stream = run.stream
-    everything = torch.arange(stream.anatomy.vocab_size, device=stream.device)
-    ids = everything if wanted is None else everything[wanted]
+    ids = torch.arange(stream.anatomy.vocab_size, device=stream.device)
+    also_embedded = torch.zeros_like(ids, dtype=torch.bool)
+    if stream.anatomy.tied:
+        for number, batch in enumerate(run.batches):
+            for row in range(len(batch.ids)):
+                also_embedded[run.store.get("tied ids", (number, row))] = True
+    if wanted is not None:
+        ids = ids[wanted]
     rows = max(batch.labels.numel() for batch in run.batches)
     with run.resident([stream.head_name]):
         weight = stream.head.weight.detach()
-        for chunk in ids.split(max(64, _CHUNK // max(rows, weight.shape[1]))):
+        size = max(64, _CHUNK // max(rows, weight.shape[1]))
+        alone, both = ids[~also_embedded[ids]], ids[also_embedded[ids]]
+        for chunk in (*alone.split(size), *both.split(min(size, _NARROW))):
+            if len(chunk) == 0:
+                continue
             start, end = int(chunk[0]), int(chunk[-1]) + 1
             part = weight[start:end] if end - start == len(chunk) else weight[chunk]
-            score = None if full is None else full[stream.head_name][start:end]
+            score = None if full is None else torch.zeros(part.shape, device=stream.device)
             for number, inputs, grads, segments in run.readout.head_gradients(part, chunk):
-                if stream.anatomy.tied:
+                if also_embedded[start]:
                     inputs, grads, segments = _with_embedding(
                         run, number, chunk, inputs, grads, segments
                     )
                 ops.linear_sensitivity_(score, part, inputs, grads, segments, sums=sums)
             if sums.nonfinite:
                 _blame_head(run, chunk)
+            if score is not None:
+                full[stream.head_name][chunk] = score
 
 
 def _with_embedding(run: Pass, number: int, chunk: torch.Tensor, inputs, grads, segments):
