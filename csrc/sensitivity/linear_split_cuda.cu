@@ -81,9 +81,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   Steps<kDepth> steps(p);
   Eight<T> grad, input;
   const auto load = [&] {
-    const bool inside = own < steps.count();
-    grad = grads.load(steps.row + own, inside, tile.row * kTile + chunk * 8);
-    input = inputs.load(steps.row + own, inside, tile.col * kTile + chunk * 8);
+    const bool inside = own < steps.left;
+    grad = grads.load(int64_t{steps.row} + own, inside, tile.row * kTile + chunk * 8);
+    input = inputs.load(int64_t{steps.row} + own, inside, tile.col * kTile + chunk * 8);
   };
   const auto store = [&](char* stage) {
     P::store(stage + panel_offset(own, chunk), grad);
@@ -93,17 +93,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   Sums acc, sum;
   acc.clear();
   sum.clear();
-  if (steps.more) {
+  bool more = steps.left > 0;
+  if (more) {
     load();
     store(shared);
   }
   __syncthreads();
-  bool more = steps.more;
 #pragma unroll 1
   for (int parity = 0; more; parity ^= 1) {
     const bool last_of_segment = steps.last_of_segment();
     steps.advance();
-    more = steps.more;
+    more = steps.left > 0;
     if (more) load();
 
     const char* stage = shared + parity * kStage;

@@ -109,20 +109,19 @@ __global__ void __launch_bounds__(kThreads, 1)
       cuda::barrier_wait(&pipe->empty[turn.stage], turn.parity ^ 1);
       cuda::Barrier* const full = &pipe->full[turn.stage];
       int& held = pipe->held[turn.stage];
-      if (!steps.more) {
+      if (steps.left <= 0) {
         held = 0;
         cuda::barrier_arrive(full);
         return;
       }
-      held = steps.last_of_segment() ? -steps.count() : steps.count();
+      held = steps.last_of_segment() ? -steps.left : kDepth;
       cuda::barrier_arrive_expecting(full, kStage);
       char* box = shared + turn.stage * kStage;
-      const int row = static_cast<int>(steps.row);
       for (int i = 0; i < kGradBoxes; ++i, box += kBox) {
-        cuda::copy_box(box, grads, static_cast<int>(tile.row) * kRows + i * 64, row, full);
+        cuda::copy_box(box, grads, static_cast<int>(tile.row) * kRows + i * 64, steps.row, full);
       }
       for (int i = 0; i < kInputBoxes; ++i, box += kBox) {
-        cuda::copy_box(box, inputs, static_cast<int>(tile.col) * kCols + i * 64, row, full);
+        cuda::copy_box(box, inputs, static_cast<int>(tile.col) * kCols + i * 64, steps.row, full);
       }
     }
   } else {
@@ -179,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 bool linear_wgmma_takes(const LinearSensitivityParams& p) {
   constexpr int64_t kMost = int64_t{1} << 31;
-  return linear_mma_takes(p) && cuda::is_hopper() && p.rows < kMost && p.in_features < kMost &&
+  return linear_mma_takes(p) && cuda::is_hopper() && p.in_features < kMost &&
          p.out_features < kMost && p.grads_row_stride > 0 && p.inputs_row_stride > 0;
 }
 

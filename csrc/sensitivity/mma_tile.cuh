@@ -23,43 +23,49 @@ constexpr int kRowBytes = kTile * 2;
 
 using End = TileEnd<kTile, kTile, kThreads, 32>;
 
-// Walks the rows of all segments in steps of kDepth or, at a segment's end, fewer.
+// Walks the rows of all segments in steps of kDepth or, at a segment's end, fewer. Operands have
+// fewer than 2^31 rows.
 template <int kDepth>
 struct Steps {
   const int64_t *next, *stop;  // offsets not yet read
-  int64_t limit;               // rows of the operands
-  int64_t row, end;            // the present step's first row; the segment's last, exclusive
   int64_t ahead;               // the next segment's end, read early
-  bool more = true;
+  int limit;                   // rows of the operands
+  int row = 0;                 // the present step's first
+  int left = 0;                // rows from there to the segment's end; none: the walk is over
 
   explicit __device__ __forceinline__ Steps(const LinearSensitivityParams& p)
-      : next(p.segments + 1), stop(p.segments + p.segment_count + 1), limit(p.rows) {
-    row = end = clamped(p.segments[0]);
-    ahead = *next;
-    skip_ended();
+      : next(p.segments),
+        stop(p.segments + p.segment_count + 1),
+        ahead(*next),
+        limit(static_cast<int>(p.rows)) {
+    row = read();
+    enter();
   }
 
-  __device__ __forceinline__ int count() const {
-    return end - row < kDepth ? static_cast<int>(end - row) : kDepth;
-  }
-  __device__ __forceinline__ bool last_of_segment() const { return end - row <= kDepth; }
-  __device__ __forceinline__ void advance() {
-    row += count();
-    skip_ended();
+  __device__ __forceinline__ bool last_of_segment() const { return left <= kDepth; }
+
+  // To the next step; true where it is not the kDepth rows that follow.
+  __device__ __forceinline__ bool advance() {
+    row += kDepth;
+    left -= kDepth;
+    if (left > 0) return false;
+    row += left;
+    enter();
+    return true;
   }
 
  private:
-  __device__ __forceinline__ int64_t clamped(int64_t offset) const {
-    return offset < 0 ? 0 : offset < limit ? offset : limit;
-  }
-  __device__ __forceinline__ void skip_ended() {
-    while (row >= end) {
-      more = next != stop;
-      if (!more) return;
-      row = end;
-      end = clamped(ahead);
-      if (++next != stop) ahead = *next;
+  __device__ __forceinline__ void enter() {
+    for (left = 0; left <= 0 && next != stop;) {
+      const int end = read();
+      left = end - row;
+      if (left <= 0) row = end;
     }
+  }
+  __device__ __forceinline__ int read() {
+    const int64_t offset = ahead < 0 ? 0 : ahead < limit ? ahead : limit;
+    if (++next != stop) ahead = *next;
+    return static_cast<int>(offset);
   }
 };
 
