@@ -51,7 +51,9 @@ SensitivitySums view_sums(py::handle sums, const TensorView& score) {
   return out;
 }
 
-void* workspace_data(py::handle workspace, int64_t bytes, const TensorView& score) {
+// `workspace` may be a function that makes one of so many bytes, and is that one then.
+void* workspace_data(py::object& workspace, int64_t bytes, const TensorView& score) {
+  if (PyCallable_Check(workspace.ptr())) workspace = workspace(bytes);
   const TensorView space = view(workspace, "workspace", 1, {DType::u8});
   check_shape(space, "workspace", {bytes});
   check_contiguous(space, "workspace");
@@ -103,7 +105,7 @@ int64_t accumulate_workspace(py::handle score, py::handle weight, py::handle gra
 }
 
 void accumulate_sensitivity(py::handle score, py::handle weight, py::handle grad, py::handle sums,
-                            py::handle workspace, int threads, uintptr_t stream) {
+                            py::object workspace, int threads, uintptr_t stream) {
   Elementwise e = describe(score, weight, grad, sums);
   if (e.nothing_to_do()) return;
   e.params.workspace = workspace_data(workspace, workspace_bytes(e), e.score);
@@ -174,7 +176,7 @@ int64_t linear_workspace(py::handle score, py::handle weight, py::handle inputs,
 
 void linear_sensitivity(py::handle score, py::handle weight, py::handle inputs,
                         py::handle grad_outputs, py::handle segments, py::handle sums,
-                        py::handle workspace, int threads, uintptr_t stream, int variant) {
+                        py::object workspace, int threads, uintptr_t stream, int variant) {
   Linear l = describe(score, weight, inputs, grad_outputs, segments, sums, variant);
   if (l.nothing_to_do()) return;
   l.params.workspace = workspace_data(workspace, workspace_bytes(l, threads), l.score);

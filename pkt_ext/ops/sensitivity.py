@@ -10,6 +10,7 @@ checked on the way and nothing waits for the device.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -120,9 +121,7 @@ def accumulate_sensitivity_(
     # copies an operand whose leading strides no single stride describes
     operands = (score, *(t.reshape(_matrix_shape(t.shape)) for t in (weight, grad)), sums)
     with _backend.device_of(weight) as launch:
-        size = _backend._C.accumulate_sensitivity_workspace(*operands, **launch)
-        workspace = torch.empty(size, dtype=torch.uint8, device=weight.device)
-        _backend._C.accumulate_sensitivity(*operands, workspace, **launch)
+        _backend._C.accumulate_sensitivity(*operands, _workspace_on(weight.device), **launch)
 
 
 def accumulate_sensitivity_reference_(
@@ -160,8 +159,9 @@ def linear_sensitivity_(
 
     A contribution is off by at most 2^-24 (T + N + 8) |weight| sum |grad_outputs| |inputs|, to the
     first order, T being the rows of the longest sample. On a GPU with tensor cores float32 operands
-    are taken as sums of two bfloat16: 2^-15 is added to that factor (commonly 2^-20). Equal bits on
-    any thread count and in every run, other last bits when the batch is cut otherwise. A NaN or
+    are taken as sums of two bfloat16: 2^-15 is added to that factor (commonly 2^-20). On a CPU
+    with AVX512_BF16 bfloat16 operands, and sums of theirs, below 2^-126 count as zero. Equal bits
+    on any thread count and in every run, other last bits when the batch is cut otherwise. A NaN or
     infinity in a row of a sample, or in the weight, is one in the scores it touches (infinity times
     zero is NaN).
 
@@ -190,9 +190,7 @@ def linear_sensitivity_(
         segments = segments.to(weight.device)
     operands = (score, weight, inputs, grad_outputs, segments, sums)
     with _backend.device_of(weight) as launch:
-        size = _backend._C.linear_sensitivity_workspace(*operands, **launch)
-        workspace = torch.empty(size, dtype=torch.uint8, device=weight.device)
-        _backend._C.linear_sensitivity(*operands, workspace, **launch)
+        _backend._C.linear_sensitivity(*operands, _workspace_on(weight.device), **launch)
 
 
 def linear_sensitivity_reference_(
@@ -214,6 +212,11 @@ def linear_sensitivity_reference_(
             score += contributions
         if sums is not None:
             sums.add_reference(contributions, score)
+
+
+def _workspace_on(device: torch.device) -> Callable[[int], torch.Tensor]:
+    """What the binding calls with the bytes it needs: it reads the operands once, not twice."""
+    return lambda size: torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
