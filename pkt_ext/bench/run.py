@@ -91,7 +91,7 @@ def run(
                 place = number + 1, len(selected), lap + 1, _LAPS[size]
                 log.info(text, case.op, case.name, *place, guess)
             if lap == 0 or spent < _ALL[size]:  # a second lap is a luxury
-                share = (_ALL[size] - spent) / (len(plan) - done)
+                share = max(_EACH[size] / 2, (_ALL[size] - spent) / (len(plan) - done))
                 _lap(match, case, min(share, _EACH[size]))
             if lap == _LAPS[size] - 1:
                 entry = report.case_entry(stem, case, where.type, match, document["ceilings"])
