@@ -12,9 +12,11 @@
 //   Who copies knows where segments end, who multiplies three steps later must: a queue of four
 //   bits a step, in one register, tells. The loop over the stages is unrolled, which makes their
 //   addresses constants: of 160 instructions a step and warp 32 multiply.
-//   Bound: tensor cores; 24 KB of shared memory read for 16 rows, 192 cycles to 256 on sm_80.
-//   Occupancy: one block a multiprocessor, by its registers.
-// Dropped: padded panel rows (70 KB; exchanging the chunks of a row costs one instruction a load).
+//   Bound (computed, no card has timed it): tensor cores; 24 KB of shared memory read for 16 rows,
+//   192 cycles to 256 on sm_80. Occupancy: one block a multiprocessor, by its registers.
+// Dropped: padded panel rows (70 KB; exchanging the chunks of a row costs one instruction a load);
+// a loop over a stage that is a variable, and offsets of 64 bits (270 instructions a step, more
+// than two warps a scheduler can issue beside 512 cycles of products).
 #include "core/cuda/load.cuh"
 #include "sensitivity/mma_tile.cuh"
 

@@ -9,13 +9,16 @@
 //   is high high + high low + low high, so what is left out is at most 2^-15 of |d| |x| (2^-16 from
 //   low low, twice 2^-17 from the rounding of low): |gradient| is off by no more than
 //   2^-15 sum |d| |x| (for normal values and 200 rows the median is 2^-21 of it), and the float32
-//   rounding of the sums. Below 2^-110, where low is subnormal, 2^-134 takes the place of 2^-17
-//   |x|. high is the value nearest to x that bfloat16 has, at most its largest one: a float32
-//   beyond it does not become infinite, and an infinity or NaN is the low part's, where it does
-//   what it does in float32 (infinity times zero is NaN), if no finite product overflows. Bound:
-//   tensor cores, 3 products; 64 KB of shared memory written and read for 16 rows, 512 cycles to
-//   768 on sm_80. Float32 crosses the L2 cache once, against 1.5 times for panels split beforehand
-//   and joined along k.
+//   rounding of the sums. Below 2^-110, where low is subnormal, 2^-134 takes the place of the
+//   2^-17 |x|.
+//
+//   high is the value nearest to x that bfloat16 has, at most its largest one: a float32 beyond it
+//   does not become infinite, and an infinity or NaN is the low part's, where it does what it does
+//   in float32 (infinity times zero is NaN), if no finite product overflows.
+//
+//   Bound (computed, no card has timed it): tensor cores, 3 products; 64 KB of shared memory
+//   written and read for 16 rows, 512 cycles to 768 on sm_80. Float32 crosses the L2 cache once,
+//   against 1.5 times for panels split beforehand and joined along k.
 // Dropped: splitting into a workspace first, which takes as much memory as the operands.
 #include "sensitivity/mma_tile.cuh"
 #include "sensitivity/operand.cuh"

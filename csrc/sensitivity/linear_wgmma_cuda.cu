@@ -12,8 +12,8 @@
 // leaves beside it.
 //   A sample's last rows are multiplied by 16; those beyond its end, which are another sample's or
 //   nobody's, are set to zero in shared memory first.
-//   Bound: tensor cores; 640 cycles of shared memory reads to 768 for 64 rows. The L2 cache
-//   delivers 40 KB for them, 53 bytes a cycle and multiprocessor, which may bound it first.
+//   Bound (computed): tensor cores; 640 cycles of shared memory reads to 768 for 64 rows. The L2
+//   cache delivers 40 KB for them, 53 bytes a cycle and multiprocessor, which may bound it first.
 // Not done: panels of inputs shared by a cluster of two blocks (12 KB less), a grid that stays and
 // copies the next tile's first stages during a tile's end.
 #include "core/cuda/hopper.cuh"
