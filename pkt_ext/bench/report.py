@@ -163,7 +163,7 @@ def _ratios(entry: dict, case: dict) -> str:
 def summary(document: dict) -> str:
     """A table: one line for each of ours."""
     lines = [
-        f"\n{'':16} {'ours against ...':44} {'median':>9} {'of ceiling':>12} {'published':>10} "
+        f"\n{'':24} {'ours against ...':40} {'median':>9} {'of ceiling':>12} {'published':>10} "
         f"{'torch':>8} {'light':>8} {'peak':>8}"
     ]
     for case in document["cases"]:
@@ -178,7 +178,7 @@ def summary(document: dict) -> str:
             share = f"{entry['of_ceiling']:.0%} {entry['bound']}" if "bound" in entry else "-"
             op = case["op"].removesuffix("_sensitivity_")
             lines.append(
-                f"{op:16} {case['name'] + mode:44} {seconds(entry['quantiles']['0.5']):>9} "
+                f"{op:24} {case['name'] + mode:40} {seconds(entry['quantiles']['0.5']):>9} "
                 f"{share:>12} {ratios[0]:>10} {ratios[1]:>8} {ratios[2]:>8} "
                 f"{size(entry['peak_bytes']):>8}"
             )
