@@ -51,9 +51,10 @@ def truncated_svd(
     Stops when the *product* U diag(S) Vh lies within `tol` of the full SVD's (the module tells how
     that is known): the same adapter, not one that leaves as small a residual. In every left vector
     the entry of largest magnitude (the first of equals) is positive. Equal bits for equal seed and
-    device; on the CPU on any thread count, float64 and full SVDs excepted. Not differentiable. A
-    matrix whose shorter side is at most 512 or about 8 * rank takes the full SVD whatever the mode,
-    and so does one that has not converged by the full SVD's cost.
+    device; on the CPU on any thread count, float64 and full SVDs excepted. A GPU takes the matrices
+    of a batch together, so there the batch counts too. Not differentiable. A matrix whose shorter
+    side is at most 512 or about 8 * rank takes the full SVD whatever the mode, and so does one that
+    has not converged by the full SVD's cost.
 
     Args:
         matrix: [..., M, N] float32, float64, bfloat16 or float16; views are read in place, and
