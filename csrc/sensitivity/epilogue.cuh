@@ -173,8 +173,9 @@ struct TileSums {
           if (at < out.rows && col + k < out.cols) out.score[at * out.cols + col + k] = s[n][k];
         }
       } else if (out.score) {
-        *reinterpret_cast<float4*>(out.score + at * out.cols + col) =
-            float4{s[n][0], s[n][1], s[n][2], s[n][3]};
+        Four<float> four;
+        for (int k = 0; k < 4; ++k) four.values[k] = s[n][k];
+        *reinterpret_cast<Four<float>*>(out.score + at * out.cols + col) = four;
       }
     }
     if (!out.sums.any_sum()) return;
