@@ -11,13 +11,14 @@
 // to two multiplications or more. A is cut so that the factor's piece stays in L1 and A's comes
 // through L2, where it is asked for one piece ahead: rows are too short for the hardware to see it.
 //
-// Bound: float32 FMA, or reading A once. Numerics: float32 sums of at most kTaskDepth terms (times
-// 1 / kLanes in A thin), added up in float32. Tasks own parts of the result and their number comes
-// from the shape: equal bits on any thread count; instruction sets differ by rounding.
+// Bound: float32 FMA, or reading A once. Numerics: float32 sums of kTaskDepth / kLanes terms a lane,
+// or of kBlockRows terms, are added up in float32. Tasks own parts of the result and their number
+// comes from the shape: equal bits on any thread count; instruction sets differ by rounding.
 //
-// Dropped: widening into L1 first (a fifth slower at 8 columns), bf16 dot-product instructions (an
-// exact factor takes three of them), A (A^T thin) in one sweep (bound by FMA already, and the
-// bases need orthogonalising in between).
+// Dropped: widening six rows into L1 first, with factor and result as [length, columns] (half to
+// two thirds of this speed at 16 columns); strips of 48 columns of A (no better, and fewer widths
+// divide by them); narrower tasks of A^T thin (a third slower: every row is another page). Not
+// tried: bf16 dot products, of which a factor exact to float32 takes three.
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
