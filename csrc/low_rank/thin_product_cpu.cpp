@@ -11,9 +11,9 @@
 // to two multiplications or more. A is cut so that the factor's piece stays in L1 and A's comes
 // through L2, where it is asked for one piece ahead: rows are too short for the hardware to see it.
 //
-// Bound: float32 FMA, or reading A once. Numerics: float32 sums of kTaskDepth / kLanes terms a lane,
-// or of kBlockRows terms, are added up in float32. Tasks own parts of the result and their number
-// comes from the shape: equal bits on any thread count; instruction sets differ by rounding.
+// Bound: float32 FMA, or reading A once. Numerics: float32 sums of kTaskDepth / kLanes terms a
+// lane, or of kBlockRows terms, are added up in float32. Tasks own parts of the result and their
+// number comes from the shape: equal bits on any thread count; instruction sets differ by rounding.
 //
 // Dropped: widening six rows into L1 first, with factor and result as [length, columns] (half to
 // two thirds of this speed at 16 columns); strips of 48 columns of A (no better, and fewer widths
