@@ -57,6 +57,7 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
         "sensitivity": [
             Elementwise("llama2-13b.q_proj", 5120, 5120),
             Elementwise("llama2-13b.q_proj, bf16", 5120, 5120, BF16),
+            Linear("llama2-7b.q_proj, 8 x 64", 4096, 4096, (64,) * 8),
             Linear("llama2-7b.up_proj / 4, 16 x 32", 2752, 1024, (32,) * 16),
             Linear("llama2-7b.up_proj / 4, 8 x 64", 2752, 1024, (64,) * 8),
             Linear("llama2-7b.up_proj / 4, 4 x 256", 2752, 1024, (256,) * 4),

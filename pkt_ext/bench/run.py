@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _LAPS = {"small": 1, "default": 2, "full": 2}
 # seconds a case may take in a lap, making and verifying included; and all together
 _EACH = {"small": 0.2, "default": 6.0, "full": 20.0}
-_ALL = {"small": 30.0, "default": 110.0, "full": 3600.0}
+_ALL = {"small": 30.0, "default": 125.0, "full": 3600.0}
 
 
 def run(
