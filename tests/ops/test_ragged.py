@@ -7,6 +7,7 @@ import torch
 
 from pkt_ext.ops import (
     SensitivitySums,
+    _backend,
     accumulate_sensitivity_,
     accumulate_sensitivity_reference_,
     batched_cholesky_inverse,
@@ -54,6 +55,52 @@ def test_sensitivity(backend, op, shape, dtype):
     (score, sums), (expected, expected_sums) = outputs
     ours(score, *(x.to(backend.device) for x in operands), sums=sums)
     reference(expected, *operands, sums=expected_sums)
+    torch.testing.assert_close(score.cpu(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(sums.blocks.cpu(), expected_sums.blocks, rtol=1e-3, atol=1e-2)
+
+
+# variant (sensitivity.h), dtype, and how far apart rows are, in elements
+KERNELS = {
+    "fma-64": (0, torch.float32, 1),
+    "fma-128": (1, torch.bfloat16, 1),
+    "split-float32": (2, torch.float32, 1),
+    "split-unaligned": (2, torch.bfloat16, 1),
+    "mma-half": (2, torch.float16, 8),
+    "mma-bfloat16": (2, torch.bfloat16, 8),
+    "wgmma-half": (3, torch.float16, 8),
+    "wgmma-bfloat16": (3, torch.bfloat16, 8),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
+def test_linear_kernels(backend, kernel):
+    """Each that a GPU has, whichever the op would choose there."""
+    variant, dtype, multiple = kernel
+    if backend.name == "cpu":
+        pytest.skip("a GPU's kernels")
+    if variant == 3 and backend.name == "cuda":
+        built = _backend._C.build_info()["cuda_architectures"].split(";")
+        if torch.cuda.get_device_capability() != (9, 0) or "90a" not in built:
+            pytest.skip("wgmma needs sm_90a")
+
+    def rows(count, width):
+        wide = randn(count, -(-width // multiple) * multiple, dtype=dtype)
+        return wide.to(backend.device)[:, :width]  # in this order: a copy of a view is dense
+
+    shape, segments = (65, 137), torch.tensor([0, 5, 5, 38])
+    weight = randn(*shape, dtype=dtype).to(backend.device)
+    operands = [weight, rows(43, shape[1]), rows(43, shape[0]), segments.to(backend.device)]
+    wanted = {"rows": True, "cols": True, "blocks": True}
+    score = torch.zeros(shape, device=backend.device)
+    sums = SensitivitySums.zeros(shape, device=backend.device, **wanted)
+    given = (score, *operands, sums)
+    with _backend.device_of(score) as launch:
+        size = _backend._C.linear_sensitivity_workspace(*given, **launch, variant=variant)
+        workspace = torch.empty(size, dtype=torch.uint8, device=backend.device)
+        _backend._C.linear_sensitivity(*given, workspace, **launch, variant=variant)
+    expected = torch.zeros(shape)
+    expected_sums = SensitivitySums.zeros(shape, device="cpu", **wanted)
+    linear_sensitivity_reference_(expected, *(x.cpu() for x in operands), sums=expected_sums)
     torch.testing.assert_close(score.cpu(), expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(sums.blocks.cpu(), expected_sums.blocks, rtol=1e-3, atol=1e-2)
 
