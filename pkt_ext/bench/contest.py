@@ -20,8 +20,8 @@ from pkt_ext.errors import PktError
 Role = Literal["ours", "published", "torch", "light", "other"]
 
 _BATCH = 2e-3  # seconds a sample lasts at least: shorter calls are repeated within it
-_LEAST, _MOST = 3, 40  # samples of a contestant; one that outlasts its time alone has a single one
-_SLOW = 1.0  # seconds of a first call above which a contestant is not warmed up once more
+_LEAST, _MOST = 3, 40  # samples of a contestant
+_SLOW = 1.0  # seconds of a call above which one sample will do, and its first call is one
 _SETS = 16  # input sets at most; so many of the smallest still exceed a core's own caches
 
 
@@ -150,9 +150,12 @@ def _try(contestant: Contestant, contest: Contest, device: torch.device) -> _Tri
     held = []
 
     def call():
-        held.append(contestant.call(*contest.sets[0]))
+        start = time.perf_counter()  # here: the profiler's own start and end take longer than many
+        output = contestant.call(*contest.sets[0])
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        held.extend((time.perf_counter() - start, output))
 
-    start = time.perf_counter()
     try:
         with _Poisoned():
             peak = peak_bytes(call, device)
@@ -162,7 +165,7 @@ def _try(contestant: Contestant, contest: Contest, device: torch.device) -> _Tri
         short = isinstance(error, torch.OutOfMemoryError)
         reason = "out of memory" if short else f"fails: {error}".split("\n")[0][:90]
         return _Trial(None, None, 0.0, failed=reason)
-    seconds, output = time.perf_counter() - start, held.pop()
+    seconds, output = held
     sample = output.seconds if contestant.part else seconds
     if contestant.check is None:
         return _Trial(None, peak, seconds, sample)
@@ -259,23 +262,29 @@ class _Clock:
         return self._sets[self._next % len(self._sets)]
 
 
-def _turns(costs: dict[str, float], seconds: float) -> dict[str, int]:
-    """Samples of each contestant: what the cheap ones leave of `seconds` goes to the dear ones."""
+def _turns(costs: dict[str, float], seconds: float, have: dict[str, int]) -> dict[str, int]:
+    """Samples of each contestant: what the cheap ones leave of `seconds` goes to the dear ones.
+
+    However little is left, all get what they lack of `_LEAST` samples, slow ones of a single one.
+    """
     turns = {}
     for place, name in enumerate(sorted(costs, key=costs.get)):
         share = max(0.0, seconds) / (len(costs) - place)
-        least = _LEAST if costs[name] <= share else 1
-        turns[name] = max(least, min(_MOST, int(share / costs[name])))
+        least = (_LEAST if costs[name] <= _SLOW else 1) - have.get(name, 0)
+        turns[name] = max(0, least, min(_MOST, int(share / costs[name])))
         seconds -= turns[name] * costs[name]
     return turns
 
 
-def race(clocks: dict[str, _Clock], seconds: float) -> dict[str, list[float]]:
+def race(
+    clocks: dict[str, _Clock], seconds: float, have: dict[str, int] | None = None
+) -> dict[str, list[float]]:
     """Every contestant's samples, taken in turn (A B C A B C) within about `seconds` in all.
 
-    Those with fewer samples than others play in rounds that are spread evenly.
+    Those with fewer samples than others play in rounds that are spread evenly. `have` counts the
+    samples there are already.
     """
-    turns = _turns({name: clock.cost for name, clock in clocks.items()}, seconds)
+    turns = _turns({name: clock.cost for name, clock in clocks.items()}, seconds, have or {})
     rounds = max(turns.values(), default=0)
     samples = {name: [] for name in clocks}
     gc.collect()
@@ -309,8 +318,8 @@ class Match:
     def lap(self, seconds: float) -> None:
         """Take samples: about `seconds` in all, a third of them for the race at least.
 
-        The first lap verifies everybody. Who took longer for that one call than all may for a lap
-        keeps its time and does not play.
+        The first lap verifies everybody. A slow one's time for that call is its first sample; who
+        took longer than all may for a lap does not play.
 
         Raises:
             VerificationError: see `verify`.
@@ -323,16 +332,20 @@ class Match:
             self._samples = {
                 name: [trial.sample]
                 for name, trial in self._trials.items()
-                if trial.seconds > max(seconds, _SLOW)
+                if trial.seconds > _SLOW
             }
-            self._out = {name for name, trial in self._trials.items() if trial.failed}
-            self._out |= self._samples.keys()
+            self._out = {
+                name
+                for name, trial in self._trials.items()
+                if trial.failed or trial.seconds > max(seconds, _SLOW)
+            }
         clocks = {
             c.name: _Clock(c, contest, self._device, self._trials[c.name].seconds)
             for c in contest.contestants
             if c.name not in self._out
         }
-        found = race(clocks, max(seconds / 3, seconds - (time.perf_counter() - start)))
+        have = {name: len(samples) for name, samples in self._samples.items()}
+        found = race(clocks, max(seconds / 3, seconds - (time.perf_counter() - start)), have)
         for name, samples in found.items():
             self._samples.setdefault(name, []).extend(samples)
             self._repeats.setdefault(name, clocks[name].repeats)

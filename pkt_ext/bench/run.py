@@ -91,7 +91,9 @@ def run(
                 place = number + 1, len(selected), lap + 1, _LAPS[size]
                 log.info(text, case.op, case.name, *place, guess)
             if lap == 0 or spent < _ALL[size]:  # a second lap is a luxury
-                share = max(_EACH[size] / 2, (_ALL[size] - spent) / (len(plan) - done))
+                # a second one shares what the first left: else early cases starve the late ones
+                least = _EACH[size] / 2 if lap == 0 else 0.0
+                share = max(least, (_ALL[size] - spent) / (len(plan) - done))
                 _lap(match, case, min(share, _EACH[size]))
             if lap == _LAPS[size] - 1:
                 entry = report.case_entry(stem, case, where.type, match, document["ceilings"])

@@ -230,9 +230,25 @@ def test_contestants_take_turns_and_the_dear_ones_are_spread_evenly():
 
 
 def test_time_left_by_the_cheap_goes_to_the_dear():
-    assert contest._turns({"dear": 1.0, "cheap": 0.001}, 10.04) == {"cheap": 40, "dear": 10}
-    assert contest._turns({"one": 1.0}, 0.1) == {"one": 1}
-    assert contest._turns({"one": 1.0}, -3.0) == {"one": 1}
+    assert contest._turns({"dear": 1.0, "cheap": 0.001}, 10.04, {}) == {"cheap": 40, "dear": 10}
+
+
+@pytest.mark.parametrize("seconds", [0.1, -3.0])
+def test_nobody_starves_however_little_time_is_left(seconds):
+    costs = {"quick": 0.9, "slow": 1.1}
+    assert contest._turns(costs, seconds, {}) == {"quick": 3, "slow": 1}
+    assert contest._turns(costs, seconds, {"quick": 2, "slow": 1}) == {"quick": 1, "slow": 0}
+
+
+def test_the_profilers_time_is_not_the_contestants(monkeypatch):
+    def measured(call, device):
+        time.sleep(0.05)
+        call()
+        time.sleep(0.05)
+
+    monkeypatch.setattr(contest, "peak_bytes", measured)
+    made = Contest([()], [Contestant("one", "ours", lambda: time.sleep(0.01))])
+    assert 0.01 <= contest.verify(made, CPU)["one"].seconds < 0.05
 
 
 def test_short_calls_are_repeated_within_a_sample_on_rotating_inputs():
