@@ -40,6 +40,8 @@ def _conditions(old: dict, new: dict) -> list[str]:
     """What differs between the runs besides kernels: machine, versions, settings, quiet."""
     lines = []
     for name, document in (("old", old), ("new", new)):
+        if not document.get("complete", True):
+            lines.append(f"{name} run was interrupted: some cases or samples are missing")
         if report.disturbed(document):
             lines.append(f"{name} run{report.disturbed(document)}".replace(";", ":"))
     for part in ("machine", "versions", "settings"):

@@ -7,6 +7,7 @@ import gc
 import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -26,7 +27,7 @@ _SETS = 16  # input sets at most; so many of the smallest still exceed a core's 
 
 
 class VerificationError(PktError):
-    """A contestant's result is not the reference's. Exit code 1: it must not be timed."""
+    """Our result is not the reference's. Exit code 1: it must not be timed."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,8 @@ class Contestant:
     """One way to do the case's job.
 
     `call` takes an input set; `check` takes what it returned for the first one. Where `part` says
-    what was really run, `call` times itself and returns an `Estimate`.
+    what was really run, `call` times itself and returns an `Estimate`. One that `compiles` does so
+    in a first call of its own, which is neither timed nor poisoned: that would compile it anew.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Contestant:
     check: Callable[[object], Verdict] | None = None  # None: nothing it computes could be wrong
     work: Work | None = None
     part: str = ""
+    compiles: bool = False
 
 
 @dataclass
@@ -157,9 +160,12 @@ def _try(contestant: Contestant, contest: Contest, device: torch.device) -> _Tri
         held.extend((time.perf_counter() - start, output))
 
     try:
-        with _Poisoned():
+        if contestant.compiles:
+            contestant.call(*contest.sets[0])
+            contest.reset()
+        with nullcontext() if contestant.compiles else _Poisoned():
             peak = peak_bytes(call, device)
-    except RuntimeError as error:
+    except Exception as error:  # compilers and other libraries have their own kinds
         if contestant.role == "ours":
             raise
         short = isinstance(error, torch.OutOfMemoryError)
@@ -170,19 +176,19 @@ def _try(contestant: Contestant, contest: Contest, device: torch.device) -> _Tri
     if contestant.check is None:
         return _Trial(None, peak, seconds, sample)
     verdict = contestant.check(output.output if contestant.part else output)
-    if not verdict.error <= verdict.allowed:  # NaN fails
-        raise VerificationError(
-            f"{contestant.name} is off by {verdict.error:.3g} where {verdict.allowed:.3g} is "
-            "allowed; nothing was timed"
-        )
-    return _Trial(verdict, peak, seconds, sample)
+    if verdict.error <= verdict.allowed:  # NaN fails
+        return _Trial(verdict, peak, seconds, sample)
+    wrong = f"off by {verdict.error:.3g} where {verdict.allowed:.3g} is allowed"
+    if contestant.role == "ours":
+        raise VerificationError(f"{contestant.name} is {wrong}; nothing was timed")
+    return _Trial(verdict, peak, seconds, failed=f"wrong: {wrong}")
 
 
 def verify(contest: Contest, device: torch.device) -> dict[str, _Trial]:
     """Run every contestant once, on poisoned outputs, and check what it returns.
 
     Raises:
-        VerificationError: names the first contestant that is off by more than it may be.
+        VerificationError: ours is off by more than it may be. Others' rows say so.
     """
     return {c.name: _try(c, contest, device) for c in contest.contestants}
 

@@ -42,14 +42,14 @@ def run(
         stems:  of kernels, as in pkt_ext.ops.
         device: auto, cpu, cuda or cuda:1.
         size:   small (seconds, tiny shapes), default (under three minutes on two cores) or full.
-        json:   file to write the document to.
+        json:   file to write the document to, after every case.
         plot:   PNG file for the roofline.
         progress: show a bar on a terminal, log lines elsewhere.
         tell:   takes the text of each part as it is known.
     Raises:
         InputError: an unknown stem or size, a device that is not there or that nothing was built
             for, a file that cannot be written.
-        VerificationError: a result is wrong.
+        VerificationError: a result of ours is wrong.
     """
     where = find_device(device)
     selected = cases.select(stems, where.type, size)
@@ -73,7 +73,8 @@ def run(
     dtypes = {case.arithmetic(where.type) for _, case in selected}
     limits = ceilings.match(where, dtypes)
     tell(report.header(document))
-    document["cases"] = []
+    document |= {"complete": False, "cases": []}
+    entries = {}
     matches = [contest.Match(partial(case.contest, where), where) for _, case in selected]
     plan = [(lap, number) for lap in range(_LAPS[size]) for number in range(len(selected))]
     bar = tqdm(total=len(plan), unit="case", disable=None if progress else True, leave=False)
@@ -95,16 +96,18 @@ def run(
                 least = _EACH[size] / 2 if lap == 0 else 0.0
                 share = max(least, (_ALL[size] - spent) / (len(plan) - done))
                 _lap(match, case, min(share, _EACH[size]))
-            if lap == _LAPS[size] - 1:
-                entry = report.case_entry(stem, case, where.type, match, document["ceilings"])
-                document["cases"].append(entry)
-                tell(report.case_text(entry))
+            last = lap == _LAPS[size] - 1
+            limit = document["ceilings"]
+            entries[number] = report.case_entry(stem, case, where.type, match, limit)
+            if last:
+                tell(report.case_text(entries[number]))
+            document |= {"cases": list(entries.values()), "complete": done + 1 == len(plan)}
+            document["elapsed"] = time.perf_counter() - start
+            document["others_share"] = neighbours.share()
+            if json is not None:  # an interrupted run keeps what it measured
+                report.write(json, document)
             bar.update()
-    document["elapsed"] = time.perf_counter() - start
-    document["others_share"] = neighbours.share()
     tell(report.summary(document))
-    if json is not None:
-        report.write(json, document)
     if plot is not None:
         roofline.plot(document, plot)
     return document

@@ -144,7 +144,7 @@ def test_uninitialised_memory_is_poisoned_while_verifying():
 
 @pytest.mark.parametrize("case", HALVES, ids=lambda case: case.op)
 def test_float16_gradients_stay_within_its_range(case):
-    contest.verify(case.contest(CPU), CPU)
+    assert not any(trial.failed for trial in contest.verify(case.contest(CPU), CPU).values())
 
 
 # --- counting -------------------------------------------------------------------------------------
@@ -322,6 +322,29 @@ def test_a_rival_that_fails_is_a_row_that_says_so_and_ours_is_an_error(error, ro
     assert big.failed == row and not big.seconds and fine.seconds
     with pytest.raises(type(error)):
         contest.hold(Contest([()], [Contestant("big", "ours", call)]), CPU, 0.01)
+
+
+@pytest.mark.parametrize("error", [0.5, float("nan")])
+def test_a_rivals_wrong_result_is_a_row_that_says_so(error):
+    bad = Contestant("bad", "torch", time.time, lambda _: Verdict(error, 0.1))
+    wrong, fine = contest.hold(Contest([()], [bad, Contestant("ok", "ours", time.time)]), CPU, 0.01)
+    assert wrong.failed == f"wrong: off by {error:.3g} where 0.1 is allowed" and not wrong.seconds
+    assert fine.seconds and not fine.failed
+
+
+def test_compiling_is_no_sample_and_sees_no_poison(monkeypatch):
+    monkeypatch.setattr(contest, "_Poisoned", lambda: pytest.fail("poisoned"))
+    seen = []
+
+    def call(score):
+        time.sleep(0.1 * (not seen))
+        seen.append(score.item())
+        score += 1
+
+    score = torch.zeros(())
+    made = Contest([(score,)], [Contestant("one", "torch", call, compiles=True)], score.zero_)
+    assert contest.verify(made, CPU)["one"].seconds < 0.1
+    assert seen == [0.0, 0.0]
 
 
 def test_input_sets_exceed_three_caches(monkeypatch):

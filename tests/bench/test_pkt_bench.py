@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pkt_ext import cli
-from pkt_ext.bench import cases, ceilings, compare, contest, machine, report, roofline
+from pkt_ext.bench import cases, ceilings, compare, contest, machine, report, roofline, run
 from pkt_ext.bench.sensitivity import Elementwise
 from pkt_ext.errors import InputError
 
@@ -81,7 +81,7 @@ def test_a_run_prints_every_contestant_and_writes_what_it_printed(tmp_path, caps
     assert cli.run([*ARGV, "--json", str(out), "--plot", str(plot)]) == 0
     text = capsys.readouterr().out
     found = json.loads(out.read_text())
-    assert found == report.read(out)
+    assert found == report.read(out) and found["complete"]
     assert found["machine"]["cores"] >= 1 and found["machine"]["memory_bytes"] > 1 << 28
     assert found["versions"]["torch"] == torch.__version__
     (case,) = found["cases"]
@@ -119,6 +119,23 @@ def test_a_wrong_contestant_ends_the_run_with_exit_code_1(monkeypatch, tmp_path,
         "pkt: error: max_window tiny: ours is off by .* allowed; nothing was timed\n", err
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_keeps_what_it_measured(monkeypatch, tmp_path, capsys):
+    lap, out = contest.Match.lap, tmp_path / "run.json"
+
+    def interrupted(self, seconds):
+        if out.exists():
+            raise RuntimeError("the power is gone")
+        lap(self, seconds)
+
+    monkeypatch.setattr(contest.Match, "lap", interrupted)
+    with pytest.raises(RuntimeError, match="power"):
+        run.run(["small_svd"], device="cpu", size="small", json=out, tell=lambda _: None)
+    found = report.read(out)
+    assert not found["complete"] and len(found["cases"]) == 1
+    assert found["cases"][0]["contestants"][0]["seconds"]
+    assert "old run was interrupted" in compare.compare(found, document({"ours": [1.0]}))
 
 
 def test_other_processes_share_of_the_cpus_is_told(monkeypatch):
@@ -238,7 +255,6 @@ def test_bad_input_is_exit_code_2_and_one_line(argv, says, capsys, monkeypatch):
 
 def test_a_gpu_without_kernels_built_for_it_is_refused(capsys, monkeypatch):
     from pkt_ext import _C
-    from pkt_ext.bench import run
 
     monkeypatch.delattr(_C, "cuda_versions", raising=False)
     monkeypatch.setattr(run, "find_device", lambda _: torch.device("cuda"))
