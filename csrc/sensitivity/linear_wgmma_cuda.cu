@@ -71,6 +71,7 @@ struct Turn {
 template <typename T, int kGroups>
 __device__ __forceinline__ void multiply(float (&acc)[96], const char* grads, const char* inputs,
                                          bool add) {
+  cuda::accumulator_fence(acc);
   cuda::wgmma_fence();
 #pragma unroll
   for (int row = 0; row < kGroups * 16; row += 16) {
@@ -79,6 +80,7 @@ __device__ __forceinline__ void multiply(float (&acc)[96], const char* grads, co
   }
   cuda::wgmma_commit();
   cuda::wgmma_wait_all();
+  cuda::accumulator_fence(acc);
 }
 
 template <typename T>

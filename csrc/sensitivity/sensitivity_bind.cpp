@@ -125,6 +125,14 @@ struct Linear {
 Linear describe(py::handle score, py::handle weight, py::handle inputs, py::handle grad_outputs,
                 py::handle segments, py::handle sums, int variant) {
   const TensorView s = view_shape(score, weight);
+#if defined(PKT_EXT_WITH_CUDA) && !defined(PKT_EXT_HOPPER)
+  if (variant == 3 && s.device >= 0) {
+    PyErr_SetString(PyExc_NotImplementedError,
+                    "linear_sensitivity_: variant 3 needs sm_90a, for which this build of pkt_ext "
+                    "has no code; reinstall with 90a among PKT_EXT_CUDA_ARCHS");
+    throw py::error_already_set();
+  }
+#endif
   const TensorView w = view_weight(weight, s);
   const TensorView x = view(inputs, "inputs", 2, kFloats);
   check_shape(x, "inputs", {x.shape[0], s.shape[1]});

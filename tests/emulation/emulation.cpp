@@ -277,13 +277,17 @@ void set_order(Order order, uint64_t seed) {
   g_seed = seed;
 }
 
+int64_t shared_memory_limit = 227 * 1024;
+
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body) {
   const size_t threads = size_t{block.x} * block.y * block.z;
   if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
       grid.y > 65535 || grid.z > 65535) {
     throw std::runtime_error("emulation: invalid launch configuration");
   }
-  if (shared_bytes > 227 * 1024) throw std::runtime_error("emulation: too much shared memory");
+  if (shared_bytes > static_cast<size_t>(shared_memory_limit)) {
+    throw std::runtime_error("emulation: too much shared memory");
+  }
   Scheduler s;
   s.body = &body;
   s.shared.reset(new unsigned char[shared_bytes]);
@@ -445,6 +449,12 @@ void run_deferred() {
   Fiber& self = *g_scheduler->current;
   for (const auto& work : self.deferred) work();
   self.deferred.clear();
+}
+
+void require_nothing_deferred() {
+  if (!g_scheduler->current->deferred.empty()) {
+    throw std::runtime_error("emulation: sums looked at while work on them is deferred");
+  }
 }
 
 }  // namespace emulation

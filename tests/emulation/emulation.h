@@ -58,6 +58,9 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 // start.
 void* shared_memory();
 
+// Bytes of it a block may have: 227 KB, or what a test sets. A launch that wants more throws.
+extern int64_t shared_memory_limit;
+
 void block_barrier();
 // Publishes `value` (at most 8 bytes) to the lanes of `mask` and returns lane `source`'s value, or
 // the caller's own where `source` is outside the warp.
@@ -93,6 +96,7 @@ void transaction_barrier_wait(const void* barrier, unsigned parity);
 // having done so is an error.
 void defer(std::function<void()> work);
 void run_deferred();
+void require_nothing_deferred();
 
 template <typename T>
 T shuffle(unsigned mask, T value, int source) {

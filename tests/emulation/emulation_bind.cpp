@@ -30,6 +30,9 @@ void bind_emulation(py::module_& m) {
       },
       py::arg("values"), py::arg("out"), py::arg("fault"));
   m.def(
+      "set_shared_memory_limit", [](int64_t bytes) { ::emulation::shared_memory_limit = bytes; },
+      py::arg("bytes"));
+  m.def(
       "planted_multiply",
       [](py::handle a, py::handle b, py::handle out, bool transposed, const std::string& name) {
         const TensorView left = view(a, "a", 3, {DType::f16, DType::bf16});

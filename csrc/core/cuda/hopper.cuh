@@ -21,10 +21,12 @@
 
 namespace pkt::cuda {
 
-// Whether the current device can run what is below, if the build holds code for sm_90a.
+// Whether the current device can run what is below and the build holds code for it.
 inline bool is_hopper() {
 #if defined(PKT_EXT_EMULATED)
   return true;
+#elif !defined(PKT_EXT_HOPPER)  // CMakeLists.txt: sm_90a is among the architectures
+  return false;
 #else
   int device = 0, major = 0, minor = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
@@ -261,6 +263,20 @@ __device__ __forceinline__ void wgmma_wait_all() {
   emulation::run_deferred();
 #elif defined(PKT_HOPPER)
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
+// Sums that wgmma adds to behind the compiler's back: it moves no use of them across this. Before
+// wgmma_fence, and between wgmma_wait_all and the first look at them.
+template <int kCount>
+__device__ __forceinline__ void accumulator_fence(float (&sums)[kCount]) {
+#if defined(PKT_EXT_EMULATED)
+  emulation::require_nothing_deferred();
+#elif defined(PKT_HOPPER)
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 #else
   __trap();
 #endif

@@ -52,7 +52,7 @@ __device__ __forceinline__ T* shared_memory() {
 // Bytes of dynamic shared memory a block may have on the current device.
 inline int64_t shared_memory_limit() {
 #if defined(PKT_EXT_EMULATED)
-  return 227 * 1024;
+  return emulation::shared_memory_limit;
 #else
   int device = 0, bytes = 0;
   check(cudaGetDevice(&device), "cudaGetDevice");
