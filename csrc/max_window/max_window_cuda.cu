@@ -312,16 +312,19 @@ __global__ void __launch_bounds__(kPickThreads)
   }
 }
 
+// Bytes of a sweep's shared memory: scratch for two scans, then what the threads own.
+constexpr int64_t sweep_shared(int threads, int own) {
+  return threads / 8 * sizeof(double) + threads * (own + 1) * (2 * sizeof(double) + sizeof(int));
+}
+
 template <typename T, int kThreads, int kOwn, bool kWide>
 void launch_sweep(const MaxWindowParams& p, const MaxWindowPlan& plan, const Slots& slots,
                   cudaStream_t stream) {
   const int64_t changes = std::max<int64_t>(plan.places - 1, 1);
   const dim3 grid(static_cast<unsigned>(ceil_div(changes, Tile<T, kThreads, kOwn, kWide>::kPlaces)),
                   static_cast<unsigned>(plan.chunks), static_cast<unsigned>(p.batch));
-  constexpr size_t kScratch = kThreads / 8 * sizeof(double);
-  constexpr size_t kOwned = kThreads * (kOwn + 1) * (2 * sizeof(double) + sizeof(int));
-  cuda::launch(sweep<T, kThreads, kOwn, kWide>, grid, dim3(kThreads), kScratch + kOwned, stream,
-               static_cast<const T*>(p.score), p, plan, slots);
+  cuda::launch(sweep<T, kThreads, kOwn, kWide>, grid, dim3(kThreads), sweep_shared(kThreads, kOwn),
+               stream, static_cast<const T*>(p.score), p, plan, slots);
 }
 
 // Whether rows, windows and matrices begin and end at multiples of 16 bytes.
@@ -334,15 +337,16 @@ bool is_wide(const MaxWindowParams& p) {
 
 template <typename T>
 void search(const MaxWindowParams& p, cudaStream_t stream) {
-  constexpr int kVector = 16 / sizeof(T);
+  constexpr int kVector = 16 / sizeof(T), kMost = kVector == 2 ? 4 : 8;
   const MaxWindowPlan plan(p, kChunks);
   const Slots slots(plan, p);
   if (!is_wide<T>(p)) {
     launch_sweep<T, 256, 4, false>(p, plan, slots, stream);
-  } else if (plan.places - 1 <= Tile<T, 256, kVector, true>::kPlaces) {
+  } else if (plan.places - 1 <= Tile<T, 256, kVector, true>::kPlaces ||
+             sweep_shared(512, kMost) > cuda::shared_memory_limit()) {
     launch_sweep<T, 256, kVector, true>(p, plan, slots, stream);
   } else {
-    launch_sweep<T, 512, kVector == 2 ? 4 : 8, true>(p, plan, slots, stream);
+    launch_sweep<T, 512, kMost, true>(p, plan, slots, stream);
   }
   const auto batch = static_cast<unsigned>(p.batch);
   const int64_t blocks = Slots::blocks(plan);

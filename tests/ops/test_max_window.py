@@ -6,7 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pkt_ext.ops import max_window, max_window_reference
+from pkt_ext.ops import _backend, max_window, max_window_reference
 
 # rows, cols, height, width: one element, whole matrix, below, at and above a tile, primes; windows
 # with and without rows that none of them leaves; 16-byte loads possible and not
@@ -60,6 +60,21 @@ def test_whole_numbers_tie_as_the_oracle_does(backend, shape):
     for matrix, (a, b) in ((score, (height, width)), (score.t(), (width, height))):
         found = max_window(matrix.to(backend.device), a, b)
         assert tuple(float(part) for part in found) == brute_force(matrix, a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_little_shared_memory(emulation, dtype, monkeypatch):
+    """sm_75 has 64 KB a block, which the large tiles of 16-byte loads exceed."""
+    monkeypatch.setattr(_backend, "_C", emulation)
+    score = torch.rand(4, 2640, generator=torch.Generator().manual_seed(2)).to(dtype)
+    emulation.set_shared_memory_limit(64 * 1024)
+    try:
+        found = max_window(score, 2, 40)
+    finally:
+        emulation.set_shared_memory_limit(227 * 1024)
+    row, col, total = brute_force(score, 2, 40)
+    assert (int(found.row), int(found.col)) == (row, col)
+    assert float(found.total) == pytest.approx(total, rel=1e-12)
 
 
 def test_strided_views_and_batches(backend):
