@@ -18,14 +18,17 @@
 // 15 without, over 30 with); a rotation by its cosine, whose rounding lengthens the columns of Q by
 // 1e-4 in float32 over the turns of a decomposition.
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 
-#include "core/cuda/launch.cuh"
+#include "core/cuda/reduce.cuh"
 #include "small_svd/rotation.h"
 #include "small_svd/small_svd.h"
 
 namespace pkt {
 namespace {
+
+using cuda::warp_sum;
 
 constexpr int kMaxWarps = 27;  // the 80 pairs of 160 columns in three turns, 72 registers a thread
 
@@ -76,12 +79,6 @@ __device__ __forceinline__ int warp_count() {
 }
 __device__ __forceinline__ int lane_index() {
   return static_cast<int>(threadIdx.x) % 32;
-}
-
-template <typename T>
-__device__ __forceinline__ T warp_sum(T value) {
-  for (int bits = 16; bits > 0; bits /= 2) value += __shfl_xor_sync(0xffffffffu, value, bits);
-  return value;
 }
 
 template <typename T>
@@ -371,6 +368,8 @@ void decompose(const SmallSvdParams& p, cudaStream_t stream) {
 }  // namespace
 
 int64_t small_svd_workspace_cuda(const SmallSvdParams& p) {
+  // the kernel counts a matrix's elements in 32 bits, one step of a block beyond the last
+  if (p.rows * p.cols > std::numeric_limits<int>::max() - 32 * kMaxWarps) return -1;
   const int64_t limit = cuda::shared_memory_limit();
   if (shared_bytes(p, true) <= limit) return 0;
   return shared_bytes(p, false) <= limit ? p.rows * p.cols : -1;

@@ -45,7 +45,8 @@ bool cholesky_inverse_fits_cuda(int64_t size);
 
 void small_svd_cpu(const SmallSvdParams& params, int threads);
 void small_svd_cuda(const SmallSvdParams& params, void* stream);
-// Elements of workspace a matrix needs on the current device, or -1 where it does not fit.
+// Elements of workspace a matrix needs on the current device, or -1 where it does not fit or has
+// 2^31 elements or about as many.
 int64_t small_svd_workspace_cuda(const SmallSvdParams& params);
 
 }  // namespace pkt

@@ -9,6 +9,7 @@ from pkt_ext.ops.small_svd import (
     batched_cholesky_inverse,
     batched_cholesky_inverse_reference,
     batched_svd,
+    batched_svd_fits,
     batched_svd_reference,
 )
 
@@ -255,6 +256,14 @@ def test_q_in_the_workspace_gives_equal_bits(backend, dtype, monkeypatch):
     monkeypatch.setattr(_backend, "_C", Tight())
     for part, same in zip(batched_svd(matrix), beside, strict=True):
         assert part.equal(same)
+
+
+def test_what_32_bits_do_not_count_does_not_fit(backend):
+    def fits(rows, cols):
+        return batched_svd_fits(torch.empty(0, rows, cols, device=backend.device))
+
+    assert fits(2**27, 15) and fits(15, 2**27)
+    assert fits(2**27, 16) == fits(16, 2**27) == (backend.name == "cpu")
 
 
 def test_what_does_not_fit_a_block_goes_to_torch(backend, monkeypatch):

@@ -7,7 +7,8 @@
 namespace pkt::cuda {
 
 // Sum over the warp, in every lane.
-__device__ __forceinline__ double warp_sum(double value) {
+template <typename T>
+__device__ __forceinline__ T warp_sum(T value) {
   for (int bit = 16; bit > 0; bit /= 2) value += __shfl_xor_sync(0xffffffffu, value, bit);
   return value;
 }
