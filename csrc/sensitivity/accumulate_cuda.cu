@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 // score += |weight * grad| on the GPU.
 //
-// add_flat: all is contiguous, and of the sums at most the total is asked for. A thread has two
-// runs
-//   of eight elements, all their 16-byte loads in flight at once.
-// add_tiles: everything else. A block has 64 x 128 elements, a thread four runs of four in each
-// strip: a
-//   transposed operand's lines stay in the L1 until the rows that share them have used them.
+//   add_flat   all is contiguous, and of the sums at most the total is asked for. A thread has two
+//              runs of eight elements, all their 16-byte loads in flight at once.
+//   add_tiles  everything else. A block has 64 x 128 elements, a thread four runs of four in each
+//              strip: a transposed operand's lines stay in the L1 until the rows that share them
+//              have used them.
 // Bound: memory, 8 bytes of score and the operands an element. One launch a tensor: a table of
 // tensors would save nothing at the sizes where the time goes.
 #include <cmath>
 
+#include "core/cuda/reduce.cuh"
 #include "sensitivity/epilogue.cuh"
+#include "sensitivity/operand.cuh"
 
 namespace pkt {
 namespace {
@@ -20,11 +21,6 @@ constexpr int kThreads = 256;
 constexpr int kRuns = 2;                     // of eight elements, in a thread of add_flat
 constexpr int kFlat = kThreads * 8 * kRuns;  // elements of a block
 constexpr int kTileCols = 2 * kSumBlock;
-
-template <typename T>
-struct __align__(16) Eight {
-  T values[8];
-};
 
 template <typename W, typename G>
 __global__ void __launch_bounds__(kThreads)
@@ -72,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
   if (special && out.sums.nonfinite) *out.sums.nonfinite = 1;
   if (!out.sums.total) return;
   double* warps = cuda::shared_memory<double>();
-  for (int apart = 16; apart > 0; apart /= 2) total += __shfl_xor_sync(0xffffffffu, total, apart);
+  total = cuda::warp_sum(total);
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = total;
   __syncthreads();
   if (threadIdx.x > 0) return;

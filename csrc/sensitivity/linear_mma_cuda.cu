@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       char* stage = to + slot * kStage;
       cuda::copy_async_16(stage, grad, own < steps.left ? grad_bytes : 0);
       cuda::copy_async_16(stage + kPanel, input, own < steps.left ? input_bytes : 0);
-      step = kExists | (steps.last_of_segment() ? kLastOfSegment : 0);
+      step = kExists | (steps.last_of_segment() ? kLastOfSegment : 0u);
       if (steps.left > 16) {
         const bool inside = own + 16 < steps.left;
         stage += 16 * kRowBytes;
