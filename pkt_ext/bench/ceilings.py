@@ -9,6 +9,12 @@ from pkt_ext.bench.contest import Contest, Contestant, Match, Work, cache_bytes
 from pkt_ext.bench.data import Source
 
 
+def dtypes(selected: list, device_type: str) -> set[torch.dtype]:
+    """What the cases' products are computed in; on a GPU also float32, their rivals'."""
+    found = {case.arithmetic(device_type) for case in selected}
+    return found | {torch.float32} if device_type == "cuda" else found
+
+
 def match(device: torch.device, dtypes: set[torch.dtype]) -> Match:
     """The match of a copy and of a matrix product in each dtype.
 

@@ -70,6 +70,7 @@ class Contestant:
     work: Work | None = None
     part: str = ""
     compiles: bool = False
+    arithmetic: torch.dtype | None = None  # where its products are not computed in the case's
 
 
 @dataclass
@@ -98,6 +99,7 @@ class Result:
     bytes: float | None
     peak_bytes: int | None  # of what was run: the part, where `part` names one
     failed: str  # why there are no samples
+    arithmetic: str = ""  # of its products, where not the case's
 
 
 def input_sets(make: Callable[[int], tuple], device: torch.device) -> list[tuple]:
@@ -389,6 +391,7 @@ def _result(contestant: Contestant, trial: _Trial, repeats: int, samples: list[f
         bytes=work.bytes if work else None,
         peak_bytes=trial.peak_bytes,
         failed=trial.failed,
+        arithmetic=str(contestant.arithmetic or "").removeprefix("torch."),
     )
 
 

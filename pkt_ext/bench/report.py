@@ -26,7 +26,8 @@ def case_entry(stem: str, case, device_type: str, match: Match, ceilings: dict) 
     for result in match.results():
         entry = dataclasses.asdict(result)
         if result.seconds and result.flops is not None:
-            least, bound = binding(result.flops, result.bytes, ceilings, arithmetic)
+            dtype = result.arithmetic or arithmetic
+            least, bound = binding(result.flops, result.bytes, ceilings, dtype)
             entry |= {"of_ceiling": least / result.quantiles["0.5"], "bound": bound}
         entries.append(entry)
     medians = {}
@@ -123,6 +124,7 @@ def ceiling_text(ceilings: dict) -> str:
 def case_text(case: dict) -> str:
     """One case: a line a contestant, and what ours is relative to them."""
     lines = [f"\n{case['op']}  {case['name']}: {case['shape']}, {case['dtype']}"]
+    lines.append(f"  counted: {_counted(case)}")
     lines.append(
         f"  {'':34} {'median':>9}  {'10 to 90 %':<22} {'samples':>7} {'of ceiling':>12} "
         f"{'peak memory':>11}"
@@ -147,6 +149,18 @@ def case_text(case: dict) -> str:
     return "\n".join(lines)
 
 
+def _counted(case: dict) -> str:
+    """What the job needs at least; of several modes, each."""
+    counts = []
+    for entry in case["contestants"]:
+        if entry["role"] == "ours":
+            flops = _scaled(entry["flops"] / 1e6, 1000, ["MFLOP", "GFLOP", "TFLOP"])
+            counts.append((f"{flops}, {size(int(entry['bytes']))}", entry["name"]))
+    if len(counts) == 1:
+        return f"{counts[0][0]} at least"
+    return "; ".join(f"{count} ({name})" for count, name in counts)
+
+
 def _ratios(entry: dict, case: dict) -> str:
     """Side by side, in words."""
     ratios, parts = entry["ratios"], []
@@ -163,10 +177,14 @@ def _ratios(entry: dict, case: dict) -> str:
 def summary(document: dict) -> str:
     """A table: one line for each of ours."""
     lines = [
-        f"\n{'':24} {'ours against ...':40} {'median':>9} {'of ceiling':>12} {'published':>10} "
-        f"{'torch':>8} {'light':>8} {'peak':>8}"
+        f"\n{'ours against ...':46} {'median':>8} {'10 to 90 %':>11} {'of ceiling':>12} "
+        f"{'published':>9} {'torch':>7} {'light':>7} {'peak':>8}"
     ]
+    op = None
     for case in document["cases"]:
+        if case["op"] != op:
+            op = case["op"]
+            lines.append(op)
         for entry in case["contestants"]:
             if "ratios" not in entry:
                 continue
@@ -176,10 +194,9 @@ def summary(document: dict) -> str:
                 for role in ("published", "torch", "light")
             ]
             share = f"{entry['of_ceiling']:.0%} {entry['bound']}" if "bound" in entry else "-"
-            op = case["op"].removesuffix("_sensitivity_")
             lines.append(
-                f"{op:24} {case['name'] + mode:40} {seconds(entry['quantiles']['0.5']):>9} "
-                f"{share:>12} {ratios[0]:>10} {ratios[1]:>8} {ratios[2]:>8} "
+                f"  {case['name'] + mode:44} {seconds(entry['quantiles']['0.5']):>8} "
+                f"{_relative(entry):>11} {share:>12} {ratios[0]:>9} {ratios[1]:>7} {ratios[2]:>7} "
                 f"{size(entry['peak_bytes']):>8}"
             )
     lines.append(
@@ -212,6 +229,12 @@ def spread(quantiles: dict, samples: list[float]) -> tuple[float, float] | None:
 def _spread(quantiles: dict, samples: list[float]) -> str:
     found = spread(quantiles, samples)
     return f"{seconds(found[0])} to {seconds(found[1])}" if found else "one sample"
+
+
+def _relative(entry: dict) -> str:
+    """The spread, relative to the median: -4% +12%"""
+    found, median = spread(entry["quantiles"], entry["seconds"]), entry["quantiles"]["0.5"]
+    return " ".join(f"{bound / median - 1:+.0%}" for bound in found) if found else "one sample"
 
 
 def _scaled(value: float, step: int, units: list[str]) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from pkt_ext.errors import InputError
 
+# where a point's number stands, in turn: neighbours in the list are often neighbours in the plot
+_AROUND = (4, -8), (-8, 4), (4, 4), (-8, -10)
+
 
 def figure_class():
     """matplotlib's Figure.
@@ -47,7 +50,8 @@ def plot(document: dict, path: Path) -> None:
     for number, (name, op, entry) in enumerate(points, 1):
         place = entry["flops"] / entry["bytes"], entry["flops"] / entry["quantiles"]["0.5"]
         axes.plot(*place, markers[op], color="black", markersize=4)
-        axes.annotate(str(number), place, xytext=(4, -8), textcoords="offset points", fontsize=8)
+        away = _AROUND[number % len(_AROUND)]
+        axes.annotate(str(number), place, xytext=away, textcoords="offset points", fontsize=8)
         axes.plot([], [], " ", label=f"{number}  {op}  {name}")
     axes.set_xlabel("FLOPs per byte moved")
     axes.set_ylabel("FLOPs per second")

@@ -70,7 +70,7 @@ def run(
     document["settings"] = {"device": where.type, "size": size}
     document |= {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     neighbours = machine.Neighbours()
-    dtypes = {case.arithmetic(where.type) for _, case in selected}
+    dtypes = ceilings.dtypes([case for _, case in selected], where.type)
     limits = ceilings.match(where, dtypes)
     tell(report.header(document))
     document |= {"complete": False, "cases": []}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -13,12 +13,14 @@ from pkt_ext.bench.contest import Contest, Contestant, Verdict, Work, input_sets
 from pkt_ext.bench.data import Source
 from pkt_ext.ops import (
     SensitivitySums,
+    _backend,
     accumulate_sensitivity_,
     accumulate_sensitivity_reference_,
     linear_sensitivity_,
     linear_sensitivity_reference_,
 )
 
+_WGMMA = 3  # the variant that is not chosen by itself: csrc/sensitivity/sensitivity.h
 _SAMPLE = 256  # rows, and columns, of a large matrix that are compared with float64
 # What torch may be off by: it rounds the gradient, or the product with it, to the operands' type.
 _ROUNDED = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
@@ -212,17 +214,47 @@ class Linear:
         ways += [("loop, elementwise kernel", "other", elementwise)]
         work, check, rounded = self.work(device.type), _checker(score, truth), _ROUNDED[self.dtype]
         split = self.arithmetic(device.type) != self.dtype
+        # torch's ways compute one product, in the operands' dtype
+        plain = replace(work, flops=2.0 * tokens * self.rows * self.cols)
+
+        def product(score, weight, inputs, grads):
+            return torch.mm(grads.T, inputs)
+
+        if split:
+            halves = [t.bfloat16().repeat(3, 1) for t in (grads, inputs)]
+
+            def product(*_):
+                return torch.mm(halves[0].T, halves[1])
+
         contestants = [
             Contestant("ours", "ours", ours, check(1e-3 if split else 1e-4), work),
-            *(Contestant(name, role, call, check(rounded), work) for name, role, call in ways),
-            Contestant(
-                "torch.mm of as many FLOPs",
-                "light",
-                lambda score, weight, inputs, grads: torch.mm(grads.T, inputs),
-                work=work,
+            *(
+                Contestant(name, role, call, check(rounded), plain, arithmetic=self.dtype)
+                for name, role, call in ways
             ),
+            Contestant("torch.mm of as many FLOPs", "light", product, work=work),
         ]
+        if self.dtype.itemsize == 2 and _has_wgmma(device):
+
+            def wgmma(score, weight, inputs, grads):  # as ours, but for the kernel
+                sums = _zero_sums(score) if self.sums else None
+                operands = None if self.sums else score, weight, inputs, grads, segments, sums
+                with _backend.device_of(weight) as launch:
+                    _backend._C.linear_sensitivity(
+                        *operands, _bytes_on(device), **launch, variant=_WGMMA
+                    )
+                return (sums.rows, sums.cols) if sums else None
+
+            contestants.insert(1, Contestant("ours, wgmma", "other", wgmma, check(1e-4), work))
         return Contest(sets, contestants, score.zero_)
+
+
+def _has_wgmma(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _bytes_on(device: torch.device) -> Callable[[int], torch.Tensor]:
+    return lambda size: torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def _zero_sums(score: torch.Tensor) -> SensitivitySums:

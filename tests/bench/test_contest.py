@@ -171,6 +171,30 @@ def test_bytes_and_flops_by_hand():
     assert LowRank("", 2, 3, 16, "flat", count=2).work(8, "cuda") == Work(6 * 96 * 16, 96 * 2)
 
 
+def test_rivals_of_split_float32_are_counted_in_what_they_compute(monkeypatch):
+    case = Linear("", 20, 30, (3, 4))
+    monkeypatch.setattr(Linear, "arithmetic", lambda self, _: torch.bfloat16)  # as on a GPU
+    made = case.contest(CPU)
+    ours, loop, light = (made.contestants[i] for i in (0, 1, -1))
+    assert ours.work.flops == light.work.flops == 3 * loop.work.flops
+    assert loop.arithmetic == torch.float32 and ours.arithmetic is light.arithmetic is None
+    assert light.call(*made.sets[0]).dtype == torch.bfloat16
+    assert ceilings.dtypes([case], "cuda") == {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.parametrize("sums", [False, True])
+def test_wgmma_is_a_contestant_of_16_bits_where_a_card_has_it(sums, monkeypatch):
+    from pkt_ext.bench import sensitivity
+
+    monkeypatch.setattr(sensitivity, "_has_wgmma", lambda _: True)
+    names = [c.name for c in LINEAR.contest(CPU).contestants]
+    assert "ours, wgmma" not in names
+    case = replace(SUMS if sums else LINEAR, dtype=torch.bfloat16)
+    results = {r.name: r for r in contest.hold(case.contest(CPU), CPU, 0.02)}
+    found = results["ours, wgmma"]  # a CPU has one kernel
+    assert found.role == "other" and found.seconds and found.error <= found.allowed == 1e-4
+
+
 def test_the_binding_ceiling():
     limits = {"copy": {"per_second": 10.0}, "float32": {"per_second": 100.0}}
     assert ceilings.binding(50.0, 20.0, limits, "float32") == (2.0, "copy")

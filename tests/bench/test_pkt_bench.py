@@ -153,8 +153,28 @@ def test_ratios_are_medians_over_ours():
     (case,) = document(times)["cases"]
     assert case["contestants"][0]["ratios"] == {"published": 10.0, "torch": 2.0, "light": 0.5}
     text = report.case_text(case)
+    assert "counted: 2.00 MFLOP, 4.00 MB at least" in text
     assert "10.0x as fast as published, 2.0x as fast as the best torch, 2.0x the time of mm" in text
     assert "one sample" in text
+
+
+def test_the_summary_fits_a_screen_and_has_the_spread():
+    times = {"ours": [0.95] * 4 + [1.0] * 12 + [1.5] * 4, "loop": [3333.0], "mm": [0.012]}
+    run = document(times)
+    run["cases"][0]["name"] = "8 llama2-13b.up_proj windows, rank 128, fast"
+    text = report.summary(run)
+    assert max(len(line) for line in text.splitlines()) <= 120
+    assert re.search(r"fast +1\.00 s +-5% \+50% .* 3333x +- +0\.012x +0\n", text)
+
+
+def test_rivals_are_held_against_the_ceiling_of_their_own_arithmetic():
+    limits = copy.deepcopy(LIMITS)
+    limits["float32"]["per_second"] = 1e6
+    results = [entry("ours", "ours", [1.0]), entry("a", "torch", [4.0], arithmetic="float32")]
+    matrix = Elementwise("m", 2, 2, torch.bfloat16)
+    case = report.case_entry("s", matrix, "cpu", played(results), limits)
+    ours, rival = case["contestants"]
+    assert (ours["bound"], rival["bound"], rival["of_ceiling"]) == ("copy", "matmul", 0.5)
 
 
 def test_a_contestant_without_samples_is_a_line(capsys):
