@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile every .cu file for every architecture, compare registers and spills with the record
 (csrc/registers.json), and look in the machine code for what each kernel was written to use
-(csrc/instructions.json: kernels, as a pattern, to instructions that each of them must have).
+(csrc/instructions.json: kernels, as a pattern, to instructions that each of them must have, or with
+"!" in front must not).
 
-A kernel that needs more registers than recorded, spills, or lacks an instruction fails; `--record`
-signs the registers. Without nvcc the step is skipped, visibly. `make cuda-check` fetches cuobjdump.
+A kernel that needs more registers than recorded, spills, or lacks an instruction fails, and so does
+one whose wgmma ptxas serialises (its remarks C75xx); `--record` signs the registers. Without nvcc
+the step is skipped, visibly. `make cuda-check` fetches cuobjdump.
 """
 
 import json
@@ -56,6 +58,9 @@ def compile_report(nvcc: str, cuobjdump: str, source: Path, arch: str, host: boo
         environment = os.environ | {"PATH": f"{Path(cuobjdump).parent}:{os.environ['PATH']}"}
         dump = subprocess.run([cuobjdump, "-sass", target], capture_output=True, text=True,
                               env=environment)  # fmt: skip
+    serialised = re.findall(r"^.*\(C75\d\d\).*$", done.stderr, re.M)
+    if serialised:
+        sys.exit(f"{source.relative_to(ROOT)} for sm_{arch}:\n" + "\n".join(serialised))
     pattern = (
         r"Compiling entry function '(\S+)' for.*?"
         r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
@@ -99,9 +104,13 @@ def check_instructions(found: dict) -> list[str]:
         if not kernels:
             problems.append(f"{INSTRUCTIONS.relative_to(ROOT)}: no kernel is called {pattern!r}")
         for kernel in kernels:
-            has = found[kernel]["instructions"]
-            problems += [f"{kernel}: no instruction {want!r}" for want in wanted
-                         if not any(re.fullmatch(want, name) for name in has)]  # fmt: skip
+            for want in wanted:
+                names = {name for name in found[kernel]["instructions"]
+                         if re.fullmatch(want.removeprefix("!"), name)}  # fmt: skip
+                if want.startswith("!") and names:
+                    problems.append(f"{kernel}: has {', '.join(sorted(names))}")
+                elif not want.startswith("!") and not names:
+                    problems.append(f"{kernel}: no instruction {want!r}")
     return problems
 
 
