@@ -43,8 +43,9 @@ def score_outer(
 
     Args:
         on_outer: given the embedding's scores, then the head's.
-        tokens:   int64 [K], the rows that count; None is all. Not together with `full`.
-        full:     filled with {parameter name: fp32 score} of everything here; costs their size.
+        tokens:   int64 [K], the rows of embedding and head that count; None is all.
+        full:     filled with {parameter name: fp32 score} of everything here, zero in the rows that
+                  do not count; costs their size.
     Raises:
         InputError: NaN or infinity, by parameter and sample.
     """
@@ -97,21 +98,20 @@ def _score_first(
                 what = f"gradients of parameter {name}"
                 sample = run.batches[number].ids[row]
                 raise InputError(not_finite(stream, sample, "the embedding", gradients, what))
+            everywhere = torch.arange(len(gradient), device=gradient.device)
+            ids = gradient.indices()[0] if gradient.is_sparse else everywhere
             if name == stream.embedding_name and stream.anatomy.tied:
                 run.store.put("tied", (number, row), values)
-                run.store.put("tied ids", (number, row), gradient.indices()[0])
+                run.store.put("tied ids", (number, row), ids)
                 continue
-            if name != stream.embedding_name and full is None:
+            own = sums if name == stream.embedding_name else None
+            if own is None and full is None:
                 continue
-            ids = gradient.indices()[0] if gradient.is_sparse else slice(None)
-            weight = held[name].detach()
-            if full is None:
-                if wanted is not None:
-                    values, ids = values[wanted[ids]], ids[wanted[ids]]
-                ops.accumulate_sensitivity_(None, weight[ids], values, sums=sums)
-            else:
-                score = torch.zeros_like(values, dtype=torch.float32)
-                ops.accumulate_sensitivity_(score, weight[ids], values)
+            if own is not None and wanted is not None:
+                values, ids = values[wanted[ids]], ids[wanted[ids]]
+            score = None if full is None else torch.zeros(values.shape, device=values.device)
+            ops.accumulate_sensitivity_(score, held[name].detach()[ids], values, sums=own)
+            if score is not None:
                 whole = full.setdefault(name, torch.zeros(gradient.shape, device=stream.device))
                 whole[ids] += score
 

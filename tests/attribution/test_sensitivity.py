@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from pkt_ext import ops
-from pkt_ext.attribution.sensitivity import sensitivity, stream_sensitivity
+from pkt_ext.attribution.outer import score_outer
+from pkt_ext.attribution.sensitivity import _BlockScorer, sensitivity, stream_sensitivity
 from pkt_ext.errors import InputError
 from pkt_ext.streaming.blocks import StreamedModel
 from pkt_ext.streaming.checkpoint import Checkpoint
+from pkt_ext.streaming.passes import Pass
 
 LENGTHS = (11, 5, 23, 2, 17)  # longer than the sliding windows (4); two samples and one in a batch
 
@@ -168,6 +170,39 @@ def test_token_restriction_leaves_the_other_rows_out(family, tmp_path):
     for found in outer.values():
         expected = truth[found.parameter][tokens].sum(0, dtype=torch.float64)
         torch.testing.assert_close(found.column_sums, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+@pytest.mark.parametrize("restricted", [False, True], ids=["all", "tokens"])
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2"])
+def test_sums_and_full_scores_together(family, restricted, dense, monkeypatch):
+    if dense:  # as an embedding of another class than nn.Embedding would give them
+        sparse = Pass.first_gradients
+
+        def first_gradients(self):
+            for number, row, found in sparse(self):
+                yield number, row, {n: g.to_dense() for n, g in found.items()}
+
+        monkeypatch.setattr(Pass, "first_gradients", first_gradients)
+    model = zoo.build(family)
+    rows = published.samples((12, 7), vocab=zoo.VOCAB)
+    truth, _ = published.sensitivity(model, rows)
+    tokens = torch.cat([rows[0].input_ids[::2], torch.arange(0, 264, 5)]) if restricted else None
+    counts = torch.zeros(zoo.VOCAB, 1)
+    counts[slice(None) if tokens is None else tokens] = 1
+    stream, outer, full = StreamedModel(Checkpoint.open(model)), [], {}
+    scorer = _BlockScorer(stream, lambda block: None)
+    with Pass(stream, stream.batches(rows, 2), scorer, keep_rows=True, progress=False) as run:
+        run.run()
+        score_outer(run, outer.append, tokens=tokens, full=full)
+    matrices = {found.parameter for found in outer}
+    assert matrices <= full.keys() and len(full) == {"llama": 2, "llama_tied": 1, "gpt2": 2}[family]
+    for name, score in full.items():
+        assert_close(name, score, truth[name] * counts if name in matrices else truth[name], 1e-5)
+    for found in outer:
+        expected = (truth[found.parameter] * counts).sum(0, dtype=torch.float64)
+        torch.testing.assert_close(found.column_sums, expected, rtol=1e-5, atol=0)
+        assert found.total == pytest.approx(expected.sum().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
