@@ -163,7 +163,9 @@ def linear_sensitivity_(
     with AVX512_BF16 bfloat16 operands, and sums of theirs, below 2^-126 count as zero. Equal bits
     on any thread count and in every run, other last bits when the batch is cut otherwise. A NaN or
     infinity in a row of a sample, or in the weight, is one in the scores it touches (infinity times
-    zero is NaN).
+    zero is NaN). As |weight| is applied once, an infinite weight gives infinity where one sample's
+    gradient is exactly zero and another's is not, the sample-by-sample reference NaN; either sets
+    sums.nonfinite.
 
     Args:
         score:        [D_out, D_in] float32, contiguous; written in place. None: only the sums are

@@ -107,10 +107,11 @@ def _tall(matrix: torch.Tensor) -> BatchedSvd:
 
 def _wide(transposed: torch.Tensor) -> BatchedSvd:
     v, s, uh, converged = _tall(transposed)
-    return BatchedSvd(*_oriented(uh.mT, s, v.mT), converged)
+    return BatchedSvd(*oriented(uh.mT, s, v.mT), converged)
 
 
-def _oriented(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def oriented(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """In every left vector the entry of largest magnitude (the first of equals) is positive."""
     if not u.numel():
         return u, s, vh
     peak = (u.abs() == u.abs().amax(-2, keepdim=True)).byte().argmax(-2, keepdim=True)
@@ -121,7 +122,7 @@ def _oriented(u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor) -> tuple[torch
 def _by_torch(matrix: torch.Tensor) -> BatchedSvd:
     finite = matrix.isfinite().flatten(-2).all(-1)
     known = torch.where(finite[..., None, None], matrix, 0.0)
-    u, s, vh = _oriented(*torch.linalg.svd(known, full_matrices=False))
+    u, s, vh = oriented(*torch.linalg.svd(known, full_matrices=False))
     u, vh = (torch.where(finite[..., None, None], part, math.nan) for part in (u, vh))
     return BatchedSvd(u, torch.where(finite[..., None], s, math.nan), vh, finite)
 
