@@ -64,9 +64,10 @@ def truncated_svd(
         tol:    relative error of the product, 0 < tol < 1; about 1e-5 is what float32 allows.
         mode:   "converged"; "exact", the full SVD; "fast", as many passes as the rank alone decides
                 (more where singular values cluster). On the CPU those are max(4 R, 3 R + 24)
-                columns in blocks of 8 (rank 16: 18 passes; wider above rank 32): 0.999 of the optimal energy
-                or more measured on weight-like spectra, 0.9955 on a 4096 x 32000 matrix whose spikes sink
-                into the noise. On a GPU 64 or more columns and 8 passes, not measured on a card.
+                columns in blocks of 8 (rank 16: 18 passes; wider above rank 32): at least 0.999 of
+                the optimal energy measured on weight-like spectra, 0.9955 on a 4096 x 32000 matrix
+                whose spikes sink into the noise. On a GPU 64 or more columns and 8 passes, not
+                measured on a card.
         seed:   of the random start.
         return_report: also return a `LowRankReport`.
     Returns:
