@@ -27,6 +27,16 @@ class Backend:
     def emulated(self) -> bool:
         return self.name.startswith("emulated")
 
+    @property
+    def has_wgmma(self) -> bool:
+        """sm_90a kernels run here: a Hopper card and a build for it, or the emulation."""
+        if self.name != "cuda":
+            return self.emulated
+        from pkt_ext.ops import _backend
+
+        built = _backend._C.build_info()["cuda_architectures"].split(";")
+        return torch.cuda.get_device_capability() == (9, 0) and "90a" in built
+
 
 def _load_emulation():
     """The test-only module; PKT_EXT_EMULATION names its folder (default build/emulated)."""

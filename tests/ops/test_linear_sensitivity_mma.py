@@ -35,9 +35,8 @@ def only_where_the_kernels_run(backend):
 )
 def case(request, backend):
     """(variant, dtype)"""
-    if request.param[0] == WGMMA and not backend.emulated:
-        if torch.cuda.get_device_capability() != (9, 0):
-            pytest.skip("wgmma needs sm_90a")
+    if request.param[0] == WGMMA and not backend.has_wgmma:
+        pytest.skip("wgmma needs sm_90a")
     return request.param
 
 
@@ -229,7 +228,7 @@ def test_at_a_real_size(backend, case, lengths):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_wgmma_agrees_with_mma(backend, dtype):
-    if not backend.emulated and torch.cuda.get_device_capability() != (9, 0):
+    if not backend.has_wgmma:
         pytest.skip("wgmma needs sm_90a")
     operands = problem(131, 200, [64, 47, 81], dtype)
     _, terms = truth_of(*operands)
