@@ -26,6 +26,7 @@ from pkt_ext.streaming.files import (
     Stored,
     first_line,
     listed,
+    populate,
     read_config,
     read_headers,
     reading,
@@ -229,12 +230,70 @@ class Checkpoint:
         result = {}
         # one mapping per call, gone with its tensors: memory and file handles follow the caller
         for file in dict.fromkeys(s.file for s in found.values()):
-            with reading(file) if file else contextlib.nullcontext() as handle:
-                for name, stored in found.items():
-                    if stored.file == file:
-                        tensor = stored.tensor if file is None else handle.get_tensor(stored.key)
-                        result[name] = tensor.to(device=device, dtype=dtype)
+            inside = {name: stored for name, stored in found.items() if stored.file == file}
+            with _source(next(iter(inside.values()))) as handle:
+                for name, stored in inside.items():
+                    tensor = stored.tensor if file is None else handle.get_tensor(stored.key)
+                    if not self.is_mapped(name, dtype, device):
+                        _bring(tensor, file)
+                    result[name] = tensor.to(device=device, dtype=dtype)
         return {name: result[name] for name in found}
+
+    def rows(
+        self,
+        name: str,
+        index: slice | torch.Tensor,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> torch.Tensor:
+        """Read some rows of a matrix and nothing else.
+
+        Args:
+            name:  of a parameter [N, D].
+            index: rows within [0, N]: a slice of step 1, or row numbers int64 [K].
+        Returns:
+            [K, D] of `dtype` on `device`, a copy of its own.
+
+        Raises:
+            InputError: the file vanished, changed or was damaged since it was opened.
+            IndexError: rows that are not there.
+            ValueError: no matrix.
+        """
+        stored = self._find(name)
+        if len(stored.shape) != 2:
+            raise ValueError(f"{name} is {list(stored.shape)}, not a matrix")
+        index = _row_numbers(index, stored.shape[0], name)
+        with _source(stored) as handle:
+            tensor = stored.tensor if stored.file is None else handle.get_tensor(stored.key)
+            if isinstance(index, slice):
+                tensor = tensor[index]
+                _bring(tensor, stored.file)
+                return tensor.to(device=device, dtype=dtype, copy=True)
+            if stored.file is not None:
+                for row in index.unique().tolist():
+                    _bring(tensor[row], stored.file)
+            return tensor.index_select(0, index.to(tensor.device)).to(device=device, dtype=dtype)
+
+    def is_mapped(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
+        """Whether `load` of this parameter costs no memory of its own.
+
+        So it is with page cache (CPU, the stored dtype) and with a loaded model's own tensor.
+        """
+        stored, device = self._find(name), torch.device(device)
+        if stored.dtype != dtype:
+            return False
+        held = torch.device("cpu") if stored.tensor is None else stored.tensor.device
+        return held.type == device.type and device.index in (None, held.index)
+
+    def populate(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Bring in the pages of what `load` gave in mappings, so that none fails when used.
+
+        Raises:
+            InputError: a file that is shorter than it was, or whose disk fails, by its name.
+        """
+        for name, tensor in tensors.items():
+            if self.is_mapped(name, tensor.dtype, tensor.device):
+                _bring(tensor, self._find(name).file)
 
     def _find(self, name: str) -> Stored:
         if not self._names:
@@ -293,8 +352,38 @@ class Checkpoint:
         if one.file is None:
             same = one.tensor.data_ptr() == two.tensor.data_ptr()
             return same or torch.equal(one.tensor, two.tensor)
-        with reading(one.file) as first, reading(two.file) as second:
+        with _source(one) as first, _source(two) as second:
             return torch.equal(first.get_tensor(one.key), second.get_tensor(two.key))
+
+
+def _source(stored: Stored):
+    """The open file in which the tensor lies; None in a loaded model."""
+    if stored.file is None:
+        return contextlib.nullcontext()
+    return reading(stored.file, stored.stamp)
+
+
+def _bring(tensor: torch.Tensor, file: Path | None) -> None:
+    """Have the pages of a mapping read before torch touches them; a model's are there."""
+    if file is not None:
+        populate(tensor, file)
+
+
+def _row_numbers(index: slice | torch.Tensor, count: int, name: str) -> slice | torch.Tensor:
+    """`index`, checked: a slice with both bounds, or numbers on the CPU."""
+    if isinstance(index, slice):
+        start, stop = index.start or 0, count if index.stop is None else index.stop
+        if not 0 <= start <= stop <= count or index.step not in (None, 1):
+            raise IndexError(f"{name} has {count} rows, {index} was asked for")
+        return slice(start, stop)
+    index = index.cpu()
+    if index.dtype != torch.int64 or index.ndim != 1:
+        raise TypeError(f"row numbers: int64 [K] expected, got {index.dtype} {list(index.shape)}")
+    if len(index) and not 0 <= index.min() <= index.max() < count:
+        raise IndexError(
+            f"{name} has {count} rows, {int(index.min())} to {int(index.max())} were asked for"
+        )
+    return index
 
 
 def _build(auto, config, dtype: torch.dtype) -> PreTrainedModel:

@@ -9,8 +9,12 @@ ever run.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import json
+import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -40,6 +44,7 @@ class Stored:
     dtype: torch.dtype | str
     file: Path | None = None
     tensor: torch.Tensor | None = None
+    stamp: tuple[int, int] | None = None  # the file's size and time of change when opened
 
     @property
     def bytes(self) -> int:
@@ -155,6 +160,7 @@ def read_headers(folder: Path, name: str) -> dict[str, Stored]:
         path = folder / file
         if not path.is_file():
             raise InputError(f"{path}: named in {_INDEX} but missing; download it again")
+        stamp = _stamp(path)
         with reading(path) as handle:
             for key in handle.keys():  # noqa: SIM118 - not a dict
                 if where.get(key, file) != file:
@@ -163,7 +169,7 @@ def read_headers(folder: Path, name: str) -> dict[str, Stored]:
                     raise InputError(f"{path}: {key} is in {found[key].file} too; remove one file")
                 part = handle.get_slice(key)
                 dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
-                found[key] = Stored(key, tuple(part.get_shape()), dtype, file=path)
+                found[key] = Stored(key, tuple(part.get_shape()), dtype, file=path, stamp=stamp)
     absent = [key for key in where if key not in found]
     if absent:
         raise InputError(
@@ -191,9 +197,27 @@ def read_index(path: Path) -> dict[str, str]:
     return where
 
 
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; put it back or download it again") from error
+    return status.st_size, status.st_mtime_ns
+
+
 @contextlib.contextmanager
-def reading(path: Path):
-    """An open safetensors file; what goes wrong names the file."""
+def reading(path: Path, stamp: tuple[int, int] | None = None):
+    """An open safetensors file; what goes wrong names the file.
+
+    Args:
+        stamp: its size and time of change when its header was read; another file is refused.
+    """
+    if stamp is not None and (now := _stamp(path)) != stamp:
+        sizes = f"{stamp[0]} bytes then, {now[0]} now" if now[0] != stamp[0] else "same size"
+        raise InputError(
+            f"{path}: changed since this run opened it ({sizes}); leave it alone while it is "
+            "used, and start again"
+        )
     try:
         with safe_open(path, framework="pt") as handle:
             yield handle
@@ -201,6 +225,53 @@ def reading(path: Path):
         raise InputError(
             f"{path}: truncated or corrupt safetensors ({error}); download or copy it again"
         ) from error
+
+
+_WILLNEED, _POPULATE_READ = 3, 22  # Linux numbers; the second since 5.14
+_UNREADABLE = (errno.EFAULT, errno.EIO, 133)  # the last is EHWPOISON, which errno lacks
+
+
+def populate(tensor: torch.Tensor, file: str | Path) -> None:
+    """Bring the pages of a mapped tensor in, without the GIL; does nothing but on Linux's CPU.
+
+    A page that cannot be read would kill the process (SIGBUS) where it is first touched; here it
+    is an error.
+
+    Args:
+        tensor: contiguous, a mapping of `file`; not read where it is empty or on another device.
+        file:   for the message.
+    Raises:
+        InputError: the disk fails, or the file is shorter than it was.
+    """
+    if tensor.device.type != "cpu" or not tensor.numel() or _madvise is None:
+        return
+    if not tensor.is_contiguous():
+        raise ValueError(f"populate: a tensor of shape {tuple(tensor.shape)} is not contiguous")
+    page = os.sysconf("SC_PAGESIZE")
+    start = tensor.data_ptr() // page * page
+    length = tensor.data_ptr() + tensor.numel() * tensor.element_size() - start
+    # the first asks the disk for all of it at once, the second waits until it is there
+    for advice in (_WILLNEED, _POPULATE_READ):
+        failed = _madvise(start, length, advice) and ctypes.get_errno()
+        if failed in _UNREADABLE:
+            raise InputError(
+                f"{file}: cannot be read ({os.strerror(failed)}): it was cut short while in use, "
+                "or its disk fails; copy or download it again"
+            )
+    if failed:  # an older kernel: touch every page
+        content = tensor.view(-1).view(torch.uint8)
+        content[::page].sum(), content[-1].item()
+
+
+def _find_madvise():
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None, use_errno=True).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
+
+
+_madvise = _find_madvise()
 
 
 def listed(names: list[str], limit: int = 6) -> str:

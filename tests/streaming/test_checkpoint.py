@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: hub layouts against transformers' own loading, laziness, every refusal's words."""
 
+import ctypes
+import errno
 import json
+import os
 import shutil
+import sys
 
 import huggingface_hub
 import model_zoo
@@ -10,6 +14,7 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pkt_ext.errors import InputError
 from pkt_ext.models.anatomy import describe
@@ -145,6 +150,70 @@ def test_writes_to_a_loaded_tensor_stay_with_it(llama):
     checkpoint.load(["model.norm.weight"], torch.float32)["model.norm.weight"].zero_()
     again = checkpoint.load(["model.norm.weight"], torch.float32)["model.norm.weight"]
     assert torch.equal(again, before)
+
+
+TABLE = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_file_and_of_a_model(dtype, llama):
+    truth = load_file(llama / "model.safetensors")[TABLE]
+    numbers = torch.tensor([7, 0, 263, 7])
+    for source in (llama, hf.AutoModelForCausalLM.from_pretrained(llama)):
+        checkpoint = Checkpoint.open(source)
+        checkpoint.skeleton(dtype)
+        for index in (slice(3, 9), slice(None), slice(4, 4), numbers, numbers[:0]):
+            rows = checkpoint.rows(TABLE, index, dtype)
+            assert rows.dtype == dtype and torch.equal(rows, truth[index].to(dtype))
+            rows.fill_(5)  # a copy: neither file nor model changes
+        assert torch.equal(checkpoint.load([TABLE], torch.float32)[TABLE], truth)
+        for index in (slice(0, 265), slice(-1, 3), slice(5, 4), slice(0, 9, 2)):
+            with pytest.raises(IndexError, match="has 264 rows, slice"):
+                checkpoint.rows(TABLE, index, dtype)
+        for number in (-1, 264):
+            with pytest.raises(IndexError, match=f"has 264 rows, {number} to {number} were"):
+                checkpoint.rows(TABLE, torch.tensor([number]), dtype)
+        with pytest.raises(TypeError, match=r"int64 \[K\] expected, got torch.int32 \[1\]"):
+            checkpoint.rows(TABLE, torch.tensor([1], dtype=torch.int32), dtype)
+        with pytest.raises(ValueError, match=r"model.norm.weight is \[32\], not a matrix"):
+            checkpoint.rows("model.norm.weight", slice(0, 1), dtype)
+
+
+class Made(TorchDispatchMode):
+    """The elements of the largest tensor made, views aside."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        aliases = any(result.alias_info for result in function._schema.returns)
+        if isinstance(out, torch.Tensor) and not aliases:
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("index", [slice(100, 105), torch.tensor([4, 200, 3, 3, 9])])
+def test_rows_makes_nothing_as_large_as_the_table(index, llama):
+    checkpoint = Checkpoint.open(llama)
+    checkpoint.skeleton(torch.float32)
+    with Made() as made:
+        assert checkpoint.rows(TABLE, index, torch.float16).shape == (5, 32)
+    assert made.largest == 5 * 32
+
+
+def test_what_load_gives_without_memory_of_its_own(llama):
+    model = hf.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    for source, dtype, other in (
+        (llama, torch.float32, torch.bfloat16),
+        (model, torch.bfloat16, torch.float32),
+    ):
+        checkpoint = Checkpoint.open(source)
+        checkpoint.skeleton(dtype)
+        assert checkpoint.is_mapped(TABLE, dtype) and checkpoint.is_mapped(TABLE, dtype, "cpu")
+        assert not checkpoint.is_mapped(TABLE, other)
+        assert not checkpoint.is_mapped(TABLE, dtype, "cuda")
 
 
 def test_dtype_is_the_checkpoints(tmp_path):
@@ -360,9 +429,71 @@ def test_truncated_after_open(llama):
     checkpoint = Checkpoint.open(llama)
     checkpoint.skeleton(torch.float32)
     path = llama / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(InputError, match="truncated or corrupt"):
-        checkpoint.load(["model.norm.weight"], torch.float32)
+    size = path.stat().st_size
+    os.truncate(path, size - 8)
+    words = rf"changed since this run opened it \({size} bytes then, {size - 8} now\); leave it"
+    with pytest.raises(InputError, match=f"llama/model.safetensors: {words}"):
+        checkpoint.load([TABLE], torch.float32)
+    with pytest.raises(InputError, match=words):
+        checkpoint.rows(TABLE, slice(0, 3), torch.float32)
+
+
+def test_replaced_after_open(llama):
+    checkpoint = Checkpoint.open(llama)
+    checkpoint.skeleton(torch.float32)
+    path = llama / "model.safetensors"
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(InputError, match=r"changed since this run opened it \(same size\)"):
+        checkpoint.load([TABLE], torch.float32)
+
+
+def test_vanished_after_open(sharded):
+    checkpoint = Checkpoint.open(sharded)
+    checkpoint.skeleton(torch.float32)
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    shard = index["weight_map"][TABLE]
+    (sharded / shard).unlink()
+    with pytest.raises(InputError, match=f"{shard}: No such file or directory; put it back or"):
+        checkpoint.load([TABLE], torch.float32)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="madvise is Linux's")
+def test_cut_short_while_mapped(llama):
+    checkpoint = Checkpoint.open(llama)
+    checkpoint.skeleton(torch.float32)
+    loaded = checkpoint.load([TABLE], torch.float32)
+    checkpoint.populate(loaded)
+    os.truncate(llama / "model.safetensors", 100)  # touching the tensor now would be SIGBUS
+    words = (
+        r"llama/model.safetensors: cannot be read \(Bad address\): it was cut short while in use"
+    )
+    with pytest.raises(InputError, match=words):
+        checkpoint.populate(loaded)
+
+
+def test_populate_on_an_older_kernel(monkeypatch):
+    asked = []
+
+    def madvise(start, length, advice):
+        asked.append((start, length, advice))
+        ctypes.set_errno(errno.EINVAL)
+        return -1 if advice == 22 else 0
+
+    monkeypatch.setattr(files, "_madvise", madvise)
+    tensor = torch.arange(5000, dtype=torch.int16)[7:]
+    with Made() as touched:
+        files.populate(tensor, "a file")
+    page = os.sysconf("SC_PAGESIZE")
+    assert [advice for *_, advice in asked] == [3, 22] and touched.largest == 1
+    for start, length, _ in asked:
+        assert start % page == 0 and start <= tensor.data_ptr() < start + page
+        assert start + length == tensor.data_ptr() + tensor.nbytes
+    with pytest.raises(ValueError, match=r"\(3, 2\) is not contiguous"):
+        files.populate(torch.ones(2, 3).T, "a file")
+    files.populate(torch.empty(0), "a file")
+    files.populate(torch.empty(3, device="meta"), "a file")
+    assert len(asked) == 2
 
 
 def test_missing_shard(sharded):
