@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ class Checkpoint:
         name: the folder, Hub id or model name as given.
         config: the (text) model's configuration.
         folder: the local folder with its files; None for a loaded model.
+        disk_seconds: time spent so far in having pages read.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class Checkpoint:
         check_config(self.config)
         self._stored = _of_model(model) if model is not None else read_headers(folder, name)
         self._names: dict[str, Stored] = {}
+        self.disk_seconds = 0.0
 
     @classmethod
     def open(
@@ -214,10 +217,16 @@ class Checkpoint:
         return sum(stored.bytes for stored in distinct.values())
 
     def load(
-        self, names: Iterable[str], dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        names: Iterable[str],
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        move: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Read these parameters and nothing else.
 
+        Args:
+            move: brings a stored tensor to `device`; None: `Tensor.to`.
         Returns:
             {name: tensor of `dtype` on `device`}. On the CPU in the stored dtype it is a private
             mapping of the file: pages come in when touched, writes stay with this tensor. Of a
@@ -235,8 +244,8 @@ class Checkpoint:
                 for name, stored in inside.items():
                     tensor = stored.tensor if file is None else handle.get_tensor(stored.key)
                     if not self.is_mapped(name, dtype, device):
-                        _bring(tensor, file)
-                    result[name] = tensor.to(device=device, dtype=dtype)
+                        self._bring(tensor, file)
+                    result[name] = (move(tensor) if move else tensor.to(device)).to(dtype)
         return {name: result[name] for name in found}
 
     def rows(
@@ -245,12 +254,14 @@ class Checkpoint:
         index: slice | torch.Tensor,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        move: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Read some rows of a matrix and nothing else.
 
         Args:
             name:  of a parameter [N, D].
             index: rows within [0, N]: a slice of step 1, or row numbers int64 [K].
+            move:  see `load`.
         Returns:
             [K, D] of `dtype` on `device`, a copy of its own.
 
@@ -267,12 +278,14 @@ class Checkpoint:
             tensor = stored.tensor if stored.file is None else handle.get_tensor(stored.key)
             if isinstance(index, slice):
                 tensor = tensor[index]
-                _bring(tensor, stored.file)
-                return tensor.to(device=device, dtype=dtype, copy=True)
+                self._bring(tensor, stored.file)
+                moved = (move(tensor) if move else tensor.to(device)).to(dtype)
+                return moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
             if stored.file is not None:
                 for row in index.unique().tolist():
-                    _bring(tensor[row], stored.file)
-            return tensor.index_select(0, index.to(tensor.device)).to(device=device, dtype=dtype)
+                    self._bring(tensor[row], stored.file)
+            chosen = tensor.index_select(0, index.to(tensor.device))
+            return (move(chosen) if move else chosen.to(device)).to(dtype)
 
     def is_mapped(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
         """Whether `load` of this parameter costs no memory of its own.
@@ -293,7 +306,14 @@ class Checkpoint:
         """
         for name, tensor in tensors.items():
             if self.is_mapped(name, tensor.dtype, tensor.device):
-                _bring(tensor, self._find(name).file)
+                self._bring(tensor, self._find(name).file)
+
+    def _bring(self, tensor: torch.Tensor, file: Path | None) -> None:
+        """Have the pages of a mapping read before torch touches them; a model's are there."""
+        if file is not None:
+            start = time.perf_counter()
+            populate(tensor, file)
+            self.disk_seconds += time.perf_counter() - start
 
     def _find(self, name: str) -> Stored:
         if not self._names:
@@ -361,12 +381,6 @@ def _source(stored: Stored):
     if stored.file is None:
         return contextlib.nullcontext()
     return reading(stored.file, stored.stamp)
-
-
-def _bring(tensor: torch.Tensor, file: Path | None) -> None:
-    """Have the pages of a mapping read before torch touches them; a model's are there."""
-    if file is not None:
-        populate(tensor, file)
 
 
 def _row_numbers(index: slice | torch.Tensor, count: int, name: str) -> slice | torch.Tensor:
