@@ -14,6 +14,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,12 +32,14 @@ from pkt_ext.streaming.files import (
     read_config,
     read_headers,
     reading,
-    resolve,
 )
+from pkt_ext.streaming.hub import fetch_header, resolve, small_files
 
 # Buffers that old checkpoints carry: transformers ignores the first two in every model, the third
 # (a causal mask's fill value) in GPT-NeoX only, though GPT-2 files have it too.
 _OLD_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"\.masked_bias$")
+
+_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Checkpoint:
@@ -56,6 +59,7 @@ class Checkpoint:
         *,
         folder: Path | None = None,
         model: PreTrainedModel | None = None,
+        remote: bool = False,
     ):
         """Use `open`."""
         if quantisation := config.to_dict().get("quantization_config"):
@@ -64,22 +68,34 @@ class Checkpoint:
                 f"{name}: its weights are quantised ({method}); use the unquantised checkpoint"
             )
         self.name, self.folder, self._model, self._outer = name, folder, model, None
+        self._remote = remote
         self.config = copy.deepcopy(config)
         if not getattr(config, "is_encoder_decoder", False) and hasattr(config, "text_config"):
             self._outer, self.config = config, copy.deepcopy(config.get_text_config(decoder=True))
             # the outer model does the tying, whatever its text configuration says
             self.config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
         check_config(self.config)
-        self._stored = _of_model(model) if model is not None else read_headers(folder, name)
+        if model is not None:
+            self._stored = _of_model(model)
+        else:
+            fetch = partial(fetch_header, name, folder) if remote else None
+            self._stored = read_headers(folder, name, fetch)
         self._names: dict[str, Stored] = {}
         self.disk_seconds = 0.0
 
     @classmethod
     def open(
-        cls, source: str | Path | PreTrainedModel | Checkpoint, *, revision: str | None = None
+        cls,
+        source: str | Path | PreTrainedModel | Checkpoint,
+        *,
+        revision: str | None = None,
+        headers_only: bool = False,
     ) -> Checkpoint:
         """Open a folder, a Hub id (downloaded where it is not cached) or a loaded model.
 
+        Args:
+            headers_only: of a Hub id, fetch the configuration and the headers of weights that are
+                not cached, no more: enough for everything but `load` and `rows`.
         Raises:
             InputError: nothing there, no safetensors, damaged files, an architecture that is not
                 supported; the message says what to do.
@@ -95,8 +111,9 @@ class Checkpoint:
                 )
             name = source.name_or_path or type(source).__name__
             return cls(name, source.config, model=source)
-        folder = resolve(source, revision)
-        return cls(str(source), read_config(folder, str(source)), folder=folder)
+        remote = headers_only and not Path(source).expanduser().is_dir()
+        folder = resolve(source, revision, weights=None if remote else "safetensors")
+        return cls(str(source), read_config(folder, str(source)), folder=folder, remote=remote)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,7 +142,7 @@ class Checkpoint:
         Raises:
             InputError: there is none.
         """
-        where = self.folder or self.name
+        where = small_files(self.name, self.folder) if self._remote else self.folder or self.name
         try:
             return transformers.AutoTokenizer.from_pretrained(where)
         except Exception as error:  # whatever the tokenizer's own parser raises
@@ -154,7 +171,7 @@ class Checkpoint:
         """Match every parameter of `model` to exactly one stored tensor.
 
         A head that the configuration ties but the checkpoint stores with other values is untied
-        in `model`, as transformers does.
+        in `model`, as transformers does. Of headers alone the values are taken to be equal.
 
         Raises:
             InputError: parameters without a tensor, tensors without a parameter, two tensors for
@@ -176,10 +193,11 @@ class Checkpoint:
                     f"{stored.file or self.name}: {stored.key} is {list(stored.shape)}, the "
                     f"configuration says {list(expected[name].shape)}; they are of different models"
                 )
-            elif not isinstance(stored.dtype, torch.dtype) or not stored.dtype.is_floating_point:
+            elif stored.dtype not in _PLAIN:
+                kind = str(stored.dtype).removeprefix("torch.")
                 raise InputError(
-                    f"{stored.file or self.name}: {stored.key} is stored as {stored.dtype}; "
-                    "quantised weights are not supported, use the unquantised checkpoint"
+                    f"{stored.file or self.name}: {stored.key} is stored as {kind}, and no "
+                    "quantization_config says how; use the unquantised checkpoint"
                 )
             else:
                 matched[name] = stored
@@ -233,7 +251,8 @@ class Checkpoint:
             loaded model it may be the parameter itself: do not write to it.
 
         Raises:
-            InputError: the file vanished or was damaged since it was opened.
+            InputError: the file vanished, changed or was damaged since it was opened.
+            RuntimeError: only headers were fetched.
         """
         found = {name: self._find(name) for name in names}
         result = {}
@@ -269,6 +288,7 @@ class Checkpoint:
             InputError: the file vanished, changed or was damaged since it was opened.
             IndexError: rows that are not there.
             ValueError: no matrix.
+            RuntimeError: only headers were fetched.
         """
         stored = self._find(name)
         if len(stored.shape) != 2:
@@ -369,6 +389,8 @@ class Checkpoint:
             matched[name] = matched[present[0]]
 
     def _equal(self, one: Stored, two: Stored) -> bool:
+        if one.remote or two.remote:
+            return True
         if one.file is None:
             same = one.tensor.data_ptr() == two.tensor.data_ptr()
             return same or torch.equal(one.tensor, two.tensor)
@@ -380,6 +402,10 @@ def _source(stored: Stored):
     """The open file in which the tensor lies; None in a loaded model."""
     if stored.file is None:
         return contextlib.nullcontext()
+    if stored.remote:
+        raise RuntimeError(
+            f"{stored.file}: only headers were fetched; open it without headers_only"
+        )
     return reading(stored.file, stored.stamp)
 
 

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from pkt_ext import artifact
 from pkt_ext.errors import InputError
 from pkt_ext.streaming.checkpoint import Checkpoint
-from pkt_ext.streaming.files import first_line, read_config, read_index, resolve
+from pkt_ext.streaming.files import first_line, read_config, read_index
+from pkt_ext.streaming.hub import resolve
 
 _SIDE_FILES = {".json", ".model", ".txt", ".jinja", ".md"}
 _OURS = {"run.json", "report.json", artifact.MANIFEST}

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a checkpoint: found or fetched, their headers read, everything checked.
+"""The files of a checkpoint's folder: their headers read, everything checked.
 
 Every fault of a folder (missing, truncated, corrupt, foreign) ends as an InputError that names the
-file and says what to do. Hub access goes through huggingface_hub alone; no code of a repository is
-ever run.
+file and says what to do. No code of a repository is ever run.
 """
 
 from __future__ import annotations
@@ -13,8 +12,9 @@ import ctypes
 import errno
 import json
 import os
-import re
 import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -25,14 +25,21 @@ from safetensors import SafetensorError, safe_open
 from pkt_ext.errors import InputError
 from pkt_ext.models.anatomy import check_config
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {  # by the name safetensors has for them
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
-_SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
 @dataclass(frozen=True)
@@ -45,77 +52,11 @@ class Stored:
     file: Path | None = None
     tensor: torch.Tensor | None = None
     stamp: tuple[int, int] | None = None  # the file's size and time of change when opened
+    remote: bool = False  # only the header was fetched
 
     @property
     def bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def resolve(source: str | Path, revision: str | None = None, weights: str = "safetensors") -> Path:
-    """The local folder of a source: itself, or the snapshot of a Hub id (fetched if need be).
-
-    Args:
-        source: a folder, or "owner/name" on the Hub (HF_HOME and HF_HUB_OFFLINE are obeyed).
-        revision: branch, tag or commit of a Hub id.
-        weights: "safetensors" or "bin".
-
-    Raises:
-        InputError: no such folder or repository, gated, or offline and not cached.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise InputError(f"{source} is a folder; a revision applies to Hub ids only")
-        return folder
-    if folder.exists():
-        raise InputError(f"{source} is a file; pass the folder that holds config.json")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith("."):
-        raise InputError(f"{source}: no such folder; pass a checkpoint's folder or a Hub id")
-    stem = "model" if weights == "safetensors" else "pytorch_model"
-    folder = _snapshot(str(source), revision, _SMALL_FILES)
-    index = folder / f"{stem}.{weights}.index.json"
-    wanted = sorted(set(read_index(index).values())) if index.is_file() else [f"{stem}.{weights}"]
-    # by the commit just resolved, so that both halves come from one revision
-    commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else revision
-    return _snapshot(str(source), commit, wanted)
-
-
-def _snapshot(repository: str, revision: str | None, patterns: list[str]) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    at = f" at revision {revision}" if revision else ""
-    try:
-        return Path(
-            snapshot_download(
-                repository, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
-            )
-        )
-    except errors.GatedRepoError as error:
-        problem, cause = (
-            f"is gated; accept its licence at https://huggingface.co/{repository}, "
-            "then run: hf auth login",
-            error,
-        )
-    except errors.RepositoryNotFoundError as error:
-        problem, cause = (
-            "is neither a folder here nor a model on the Hub that you may read; check the "
-            "spelling, or run: hf auth login",
-            error,
-        )
-    except errors.RevisionNotFoundError as error:
-        problem, cause = "has no such revision; check --revision", error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        problem, cause = (
-            "is no folder here, not in the local cache (HF_HOME), and the Hub cannot be reached "
-            f"(offline, or HF_HUB_OFFLINE is set); where there is a network: hf download "
-            f"{repository}",
-            error,
-        )
-    except errors.HFValidationError as error:
-        problem, cause = "is neither a folder nor a valid Hub id", error
-    except errors.HfHubHTTPError as error:
-        problem, cause = f"could not be fetched: {first_line(error)}", error
-    raise InputError(f"{repository}{at} {problem}") from cause
 
 
 def read_config(folder: Path, name: str):
@@ -139,44 +80,72 @@ def read_config(folder: Path, name: str):
         raise InputError(f"{path}: unusable ({reason}); download it again") from error
 
 
-def read_headers(folder: Path, name: str) -> dict[str, Stored]:
-    """Every tensor named in the headers of the folder's safetensors, by key."""
+def read_headers(
+    folder: Path, name: str, fetch: Callable[[str], Iterable[Stored]] | None = None
+) -> dict[str, Stored]:
+    """Every tensor named in the headers of the folder's safetensors, by key.
+
+    Args:
+        fetch: the tensors of a file that is not in the folder, from elsewhere; None: it is missing.
+    """
     where: dict[str, str] = {}
-    if (folder / _SINGLE).is_file():
-        files = [_SINGLE]
-    elif (folder / _INDEX).is_file():
-        where = read_index(folder / _INDEX)
+    if (folder / SINGLE).is_file():
+        files = [SINGLE]
+    elif (folder / INDEX).is_file():
+        where = read_index(folder / INDEX)
         files = sorted(set(where.values()))
+    elif fetch is not None:
+        files = [SINGLE]
     else:
-        command = f"pkt convert {name} {Path(name).name}-safetensors"
-        if any(folder.glob("pytorch_model*.bin*")):
-            raise InputError(f"{name}: only a .bin checkpoint, which is not read; run: {command}")
-        hint = "download the checkpoint again"
-        if not Path(name).is_dir():
-            hint = f"where the repository has .bin files only, run: {command}"
-        raise InputError(f"{name}: no {_SINGLE} and no {_INDEX}; {hint}")
-    found: dict[str, Stored] = {}
-    for file in files:
+        raise no_safetensors(folder, name)
+
+    def header(file: str) -> list[Stored]:
         path = folder / file
-        if not path.is_file():
-            raise InputError(f"{path}: named in {_INDEX} but missing; download it again")
-        stamp = _stamp(path)
-        with reading(path) as handle:
-            for key in handle.keys():  # noqa: SIM118 - not a dict
+        if path.is_file():
+            return list(_read_header(path))
+        if fetch is None:
+            raise InputError(f"{path}: named in {INDEX} but missing; download it again")
+        return list(fetch(file))
+
+    found: dict[str, Stored] = {}
+    with ThreadPoolExecutor(8 if fetch else 1) as threads:  # a request takes its time
+        for file, tensors in zip(files, threads.map(header, files), strict=True):
+            for stored in tensors:
+                key = stored.key
                 if where.get(key, file) != file:
                     continue
                 if key in found:
-                    raise InputError(f"{path}: {key} is in {found[key].file} too; remove one file")
-                part = handle.get_slice(key)
-                dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
-                found[key] = Stored(key, tuple(part.get_shape()), dtype, file=path, stamp=stamp)
+                    raise InputError(
+                        f"{folder / file}: {key} is in {found[key].file} too; remove one file"
+                    )
+                found[key] = stored
     absent = [key for key in where if key not in found]
     if absent:
         raise InputError(
-            f"{folder / where[absent[0]]}: lacks {listed(absent)}, which {_INDEX} places there; "
+            f"{folder / where[absent[0]]}: lacks {listed(absent)}, which {INDEX} places there; "
             "download it again"
         )
     return found
+
+
+def no_safetensors(folder: Path, name: str) -> InputError:
+    """The error that says what to do about a checkpoint without safetensors."""
+    command = f"pkt convert {name} {Path(name).name}-safetensors"
+    if any(folder.glob("pytorch_model*.bin*")):
+        return InputError(f"{name}: only a .bin checkpoint, which is not read; run: {command}")
+    hint = "download the checkpoint again"
+    if not Path(name).is_dir():
+        hint = f"where the repository has .bin files only, run: {command}"
+    return InputError(f"{name}: no {SINGLE} and no {INDEX}; {hint}")
+
+
+def _read_header(path: Path) -> Iterable[Stored]:
+    stamp = _stamp(path)
+    with reading(path) as handle:
+        for key in handle.keys():  # noqa: SIM118 - not a dict
+            part = handle.get_slice(key)
+            dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
+            yield Stored(key, tuple(part.get_shape()), dtype, file=path, stamp=stamp)
 
 
 def read_index(path: Path) -> dict[str, str]:

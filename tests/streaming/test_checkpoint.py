@@ -555,7 +555,7 @@ def test_two_tensors_for_one_parameter(llama):
 
 def test_quantised_by_configuration_and_by_dtype(llama):
     rewrite(llama, lambda t: t | {"model.norm.weight": t["model.norm.weight"].to(torch.int8)})
-    refused(llama, "model.norm.weight is stored as I8; quantised weights are not supported")
+    refused(llama, "model.norm.weight is stored as int8, and no quantization_config says")
     for method in ("gptq", "awq", "fp8", "bitsandbytes"):
         quantisation = dict(quant_method=method, bits=4)
         edit(llama / "config.json", lambda c, q=quantisation: c.update(quantization_config=q))
