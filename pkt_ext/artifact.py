@@ -345,7 +345,7 @@ def _full_message(out: Path, staging: Path, planned_bytes: int) -> str:
         f"{_size(planned_bytes * 1.2)} needed" if planned_bytes else f"over {_size(written)} needed"
     )
     return (
-        f"disk full while writing {out}: {need}, {_size(free)} free; nothing was left behind: "
+        f"disk full while writing {out}: {need}, {_size(free)} free; the output was not written: "
         "free some space or choose another --out, then run again"
     )
 

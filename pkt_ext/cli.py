@@ -73,6 +73,18 @@ Length = Annotated[
     int | None, _option("--max-length", "--cutoff_len", default=2048, help="Tokens kept of a row.")
 ]
 
+Budget = Annotated[
+    str | None,
+    _option(
+        "--budget",
+        default="most of what is free",
+        help="Memory of the device, 8GiB; on a CPU resident memory.",
+    ),
+]
+Resume = Annotated[
+    bool | None,
+    _option("--resume/--no-resume", default=True, help="Go on from an interrupted run's progress."),
+]
 Device = Annotated[
     str | None, _option("--device", default="auto", help="cpu or cuda; auto: cuda if there is one.")
 ]
@@ -129,6 +141,13 @@ def seeking_command(
     micro_batch: Annotated[
         int | None, _option("--micro-batch", default=4, help="Rows a forward takes at once.")
     ] = None,
+    budget: Budget = None,
+    nonfinite: Annotated[
+        str | None,
+        _option(
+            "--nonfinite", default="error", help="error, or skip-sample: leave out a row with NaN."
+        ),
+    ] = None,
     svd: Annotated[
         str | None, _option("--svd", default="converged", help="converged, fast or exact.")
     ] = None,
@@ -141,6 +160,7 @@ def seeking_command(
     ] = None,
     student_revision: StudentRevision = None,
     overwrite: Overwrite = None,
+    resume: Resume = None,
     config: Config = None,
 ) -> None:
     """Extract a LoRA start for the student from the teacher (Seeking, ICLR 2024)."""

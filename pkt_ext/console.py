@@ -34,29 +34,34 @@ def run(app: typer.Typer, argv: list[str]) -> int:
     given, argv = switches.intersection(argv), [a for a in argv if a not in switches]
     debug = "--debug" in given
     _quieten(given)
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    previous = {number: signal.signal(number, _stop) for number in _STOPS}
     try:
-        code = app(argv, prog_name="pkt", standalone_mode=False) or 0
-        if code == 130:  # typer turns the interrupt into an exit code
-            raise KeyboardInterrupt
-        return code
+        return app(argv, prog_name="pkt", standalone_mode=False) or 0
     except BaseException as error:
         code, message = _explain(error)
+        message = "; ".join([message, *_notes(error)]) if message else message
         if debug and message:
             traceback.print_exception(error)
         if message:
             print("pkt: " + " ".join(message.split()), file=sys.stderr)
         return code
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-class _Terminated(BaseException):
-    """SIGTERM, as an exception: what was staged is removed on the way out."""
+_STOPS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 
-def _terminate(*_) -> None:
-    raise _Terminated
+class _Stopped(BaseException):
+    """A signal, as an exception: what was staged is removed on the way out.
+
+    Not KeyboardInterrupt, which typer turns into an exit code, its notes lost.
+    """
+
+
+def _stop(number: int, _) -> None:
+    raise _Stopped(number)
 
 
 def _quieten(switches: set[str]) -> None:
@@ -99,6 +104,15 @@ def progress() -> bool:
     return _progress["show"]
 
 
+def _notes(error: BaseException | None) -> list[str]:
+    """What was noted on an error and on those that it came from."""
+    notes = []
+    while error is not None:
+        notes += getattr(error, "__notes__", ())
+        error = error.__cause__
+    return notes
+
+
 def _explain(error: BaseException) -> tuple[int, str]:
     """(exit code, one line) of whatever ended a command."""
     if isinstance(error, PktError):
@@ -106,10 +120,9 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if hasattr(error, "format_message"):  # a usage error of typer's parser
         where = getattr(getattr(error, "ctx", None), "command_path", "pkt")
         return 2, f"error: {error.format_message()} (see {where} --help)"
-    if isinstance(error, KeyboardInterrupt | typer.Abort):
-        return 130, "interrupted; nothing was left half-written"
-    if isinstance(error, _Terminated):
-        return 143, "terminated; nothing was left half-written"
+    if isinstance(error, _Stopped):
+        (number,) = error.args
+        return 128 + number, f"{_STOPS[number]}; nothing was left half-written"
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1, ""
     if _out_of_memory(error):

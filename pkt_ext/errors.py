@@ -14,6 +14,18 @@ class InputError(PktError, ValueError):
     exit_code = 2
 
 
+class NonFiniteError(InputError):
+    """NaN or infinity where the numbers of one sample, or of all together, went.
+
+    Attributes:
+        sample: the id of the only one to blame; None where it is a parameter, or nobody alone.
+    """
+
+    def __init__(self, message: str, sample: str | None = None):
+        super().__init__(message)
+        self.sample = sample
+
+
 class OutputBusyError(PktError):
     """Another process is writing the same output. Exit code 73."""
 

@@ -73,13 +73,13 @@ def build_config(cls, settings: dict):
     return cls(**{name: _typed(name, value, hints[name]) for name, value in settings.items()})
 
 
-def take_flag(settings: dict, name: str) -> bool:
-    """Remove and return an option that is on or off; off where it is not given.
+def take_flag(settings: dict, name: str, default: bool = False) -> bool:
+    """Remove and return an option that is on or off.
 
     Raises:
         InputError: neither true nor false.
     """
-    return _typed(name, settings.pop(name, False), bool)
+    return _typed(name, settings.pop(name, default), bool)
 
 
 def check_choices(config, **choices: Iterable) -> None:

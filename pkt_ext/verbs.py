@@ -18,6 +18,7 @@ def seeking(settings: dict) -> None:
     """`pkt seeking` with its options as a mapping."""
     teacher, student, data, out = take(settings, "teacher", "student", "data", "out")
     overwrite = take_flag(settings, "overwrite")
+    resume = take_flag(settings, "resume", True)
     from pkt_ext.methods.seeking import SeekingConfig, extract
 
     report = extract(
@@ -27,12 +28,15 @@ def seeking(settings: dict) -> None:
         out,
         build_config(SeekingConfig, settings),
         overwrite=overwrite,
+        resume=resume,
         progress=progress(),
     )
     blocks = ", ".join(map(str, report["blocks"]))
     seconds = sum(report["seconds"].values())
+    peak = report["memory"]["peak_bytes"] / 2**30
     typer.echo(
-        f"{out}: {len(report['windows'])} windows from teacher blocks {blocks}, {seconds:.1f} s"
+        f"{out}: {len(report['windows'])} windows from teacher blocks {blocks}, {seconds:.1f} s, "
+        f"at most {peak:.2f} GiB, bound by {report['bottleneck']}"
     )
 
 

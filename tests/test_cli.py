@@ -51,7 +51,7 @@ def shown_default(parameter):
     ("verb", "config"), [("seeking", SeekingConfig), ("finetune", FinetuneConfig)]
 )
 def test_options_are_the_fields_of_the_configuration(verb, config):
-    paths = {"teacher", "student", "adapter", "data", "out", "overwrite", "config"}
+    paths = {"teacher", "student", "adapter", "data", "out", "overwrite", "resume", "config"}
     found = options(verb)
     assert found.keys() - paths == {f.name for f in dataclasses.fields(config)}
     for field in dataclasses.fields(config):
@@ -177,7 +177,8 @@ def test_settings_are_read_by_type(tmp_path):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), 75, "out of memory"),
         (OSError(28, "No space left on device"), 75, "free some space"),
         (PermissionError(13, "Permission denied", "x/y"), 2, "x/y: permission denied"),
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (console._Stopped(2), 130, "interrupted"),
+        (console._Stopped(15), 143, "terminated"),
         (ZeroDivisionError("oops"), 1, "internal error: ZeroDivisionError: oops .*--debug"),
     ],
 )
@@ -217,7 +218,7 @@ sys.exit(cli.run(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_leave_nothing_behind(pair, tmp_path, number, code):
+def test_signals_leave_finished_blocks_and_nothing_else(pair, tmp_path, number, code):
     process = subprocess.Popen(
         [sys.executable, "-c", WAITS, *seeking(pair, tmp_path / "out", "--rank", "4")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -231,7 +232,10 @@ def test_signals_leave_nothing_behind(pair, tmp_path, number, code):
     finally:
         process.kill()
     assert process.returncode == code and "Traceback" not in err
-    assert list(tmp_path.iterdir()) == []
+    assert f"finished blocks are kept in {tmp_path / 'out.progress'}" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["out.progress"]
+    assert cli.run(seeking(pair, tmp_path / "out", "--rank", "4")) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_second_writer_is_told_who_is_first(pair, tmp_path, capsys):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from pkt_ext import ops
-from pkt_ext.errors import InputError
-from pkt_ext.streaming.passes import Pass, not_finite
+from pkt_ext.streaming.passes import Pass
+from pkt_ext.streaming.reader import Part
 
 _CHUNK = 2**23  # elements of a chunk of the head, or of its output gradients, whichever is more
 _NARROW = 256  # rows of a chunk whose rows are embeddings too; each brings as many rows again
@@ -91,28 +91,26 @@ def _score_first(
     """Embedding and positions. A tied embedding's gradients are kept for the head's turn."""
     stream = run.stream
     for number, row, gradients in run.first_gradients():
-        held = stream.parameters(gradients)
-        for name, gradient in gradients.items():
-            values = gradient.values() if gradient.is_sparse else gradient
+        for name, (ids, values, weight) in gradients.items():
             if not torch.isfinite(values).all():
                 what = f"gradients of parameter {name}"
                 sample = run.batches[number].ids[row]
-                raise InputError(not_finite(stream, sample, "the embedding", gradients, what))
-            everywhere = torch.arange(len(gradient), device=gradient.device)
-            ids = gradient.indices()[0] if gradient.is_sparse else everywhere
+                raise stream.not_finite(sample, "the embedding", gradients, what)
             if name == stream.embedding_name and stream.anatomy.tied:
-                run.store.put("tied", (number, row), values)
-                run.store.put("tied ids", (number, row), ids)
+                run.store.put("tied", (number, row), values, passing=True)
+                run.store.put("tied ids", (number, row), ids, passing=True)
                 continue
             own = sums if name == stream.embedding_name else None
             if own is None and full is None:
                 continue
             if own is not None and wanted is not None:
-                values, ids = values[wanted[ids]], ids[wanted[ids]]
+                kept = wanted[ids]
+                ids, values, weight = ids[kept], values[kept], weight[kept]
             score = None if full is None else torch.zeros(values.shape, device=values.device)
-            ops.accumulate_sensitivity_(score, held[name].detach()[ids], values, sums=own)
+            ops.accumulate_sensitivity_(score, weight, values, sums=own)
             if score is not None:
-                whole = full.setdefault(name, torch.zeros(gradient.shape, device=stream.device))
+                shape = stream.checkpoint.shape(name)
+                whole = full.setdefault(name, torch.zeros(shape, device=stream.device))
                 whole[ids] += score
 
 
@@ -137,26 +135,32 @@ def _score_head(
     if wanted is not None:
         ids = ids[wanted]
     rows = max(batch.labels.numel() for batch in run.batches)
-    with run.resident([stream.head_name]):
-        weight = stream.head.weight.detach()
-        size = max(64, _CHUNK // max(rows, weight.shape[1]))
-        alone, both = ids[~also_embedded[ids]], ids[also_embedded[ids]]
-        for chunk in (*alone.split(size), *both.split(min(size, _NARROW))):
-            if len(chunk) == 0:
-                continue
-            start, end = int(chunk[0]), int(chunk[-1]) + 1
-            part = weight[start:end] if end - start == len(chunk) else weight[chunk]
-            score = None if full is None else torch.zeros(part.shape, device=stream.device)
-            for number, inputs, grads, segments in run.readout.head_gradients(part, chunk):
-                if also_embedded[start]:
+    size = max(64, _CHUNK // max(rows, stream.embedding.embedding_dim))
+    alone, both = ids[~also_embedded[ids]], ids[also_embedded[ids]]
+    chunks = [c for c in (*alone.split(size), *both.split(min(size, _NARROW))) if len(c)]
+    parts = [Part((stream.head_name,), _as_range(chunk)) for chunk in chunks]
+    run.plan(parts)
+    for chunk, part in zip(chunks, parts, strict=True):
+        with run.resident(part):
+            weight = stream.head.weight.detach()
+            score = None if full is None else torch.zeros(weight.shape, device=stream.device)
+            for number, inputs, grads, segments in run.readout.head_gradients(weight, chunk):
+                if also_embedded[chunk[0]]:
                     inputs, grads, segments = _with_embedding(
                         run, number, chunk, inputs, grads, segments
                     )
-                ops.linear_sensitivity_(score, part, inputs, grads, segments, sums=sums)
+                ops.linear_sensitivity_(score, weight, inputs, grads, segments, sums=sums)
             if sums.nonfinite:
                 _blame_head(run, chunk)
             if score is not None:
-                full[stream.head_name][chunk] = score
+                full[stream.head_name][chunk] = score / run.readout.scale
+    sums.scale_(1 / run.readout.scale)
+
+
+def _as_range(ids: torch.Tensor) -> slice | torch.Tensor:
+    """Ascending row numbers, as a slice where none is left out: it is read without a copy."""
+    start, stop = int(ids[0]), int(ids[-1]) + 1
+    return slice(start, stop) if stop - start == len(ids) else ids
 
 
 def _with_embedding(run: Pass, number: int, chunk: torch.Tensor, inputs, grads, segments):
@@ -174,7 +178,7 @@ def _with_embedding(run: Pass, number: int, chunk: torch.Tensor, inputs, grads, 
         onehot = torch.zeros(len(values), len(chunk), dtype=grads.dtype, device=grads.device)
         onehot[torch.arange(len(values)), here[here >= 0]] = 1
         parts.append((inputs[own], grads[own]))
-        parts.append((values.to(inputs.dtype), onehot))
+        parts.append(((values * run.readout.scale).to(inputs.dtype), onehot))
         offsets.append(offsets[-1] + len(inputs[own]) + len(values))
     x, g = (torch.cat(p) for p in zip(*parts, strict=True))
     return x, g, torch.tensor(offsets, device=segments.device)
@@ -182,10 +186,8 @@ def _with_embedding(run: Pass, number: int, chunk: torch.Tensor, inputs, grads, 
 
 def _blame_head(run: Pass, chunk: torch.Tensor) -> None:
     """Name the weight or the sample that makes a chunk's scores NaN or infinite."""
-    stream = run.stream
-    weight = stream.head.weight.detach()[chunk]
-    guilty = None
-    for number, inputs, grads, segments in run.readout.head_gradients(weight, chunk):
+    stream, guilty = run.stream, None
+    for number, inputs, grads, segments in run.readout.head_gradients(stream.head.weight, chunk):
         bad = ~(torch.isfinite(inputs).all(1) & torch.isfinite(grads).all(1))
         if bad.any():
             position = int(bad.nonzero()[0])
@@ -193,5 +195,4 @@ def _blame_head(run: Pass, chunk: torch.Tensor) -> None:
             guilty = run.batches[number].ids[row]
             break
     name = stream.head_name
-    what = f"scores of parameter {name}"
-    raise InputError(not_finite(stream, guilty, "the head", [name], what))
+    raise stream.not_finite(guilty, "the head", [name], f"scores of parameter {name}")

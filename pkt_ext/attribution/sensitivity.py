@@ -29,9 +29,11 @@ from pkt_ext.models import capture
 from pkt_ext.models.anatomy import matmul_modules
 from pkt_ext.streaming.batches import Batch, Sample
 from pkt_ext.streaming.blocks import StreamedModel
+from pkt_ext.streaming.budget import Allotment
 from pkt_ext.streaming.checkpoint import Checkpoint
 from pkt_ext.streaming.meter import PassReport
-from pkt_ext.streaming.passes import Pass, Visitor, not_finite
+from pkt_ext.streaming.passes import Pass, Visitor
+from pkt_ext.streaming.progress import Progress
 
 __all__ = ["BlockScores", "OuterScores", "PassReport", "sensitivity", "stream_sensitivity"]
 
@@ -51,37 +53,41 @@ def stream_sensitivity(
     model: StreamedModel,
     samples: Sequence[Sample],
     *,
-    micro_batch: int,
+    allotment: Allotment,
     on_block: Callable[[BlockScores], None],
+    on_restored: Callable[[int], None] = lambda index: None,
     on_outer: Callable[[OuterScores], None] | None = None,
     tokens: torch.Tensor | None = None,
-    memory_limit: int | None = None,
-    progress: bool = True,
+    progress: Progress | None = None,
+    show: bool = True,
 ) -> PassReport:
     """Score every parameter of a model, one block resident at a time.
 
     Args:
-        micro_batch:  samples run at once. The scores depend on it by rounding only.
-        on_block:     given each block's scores, the last block first.
-        on_outer:     given the embedding's and then the head's scores, after all blocks. A tied
-                      matrix comes twice, each time with both uses summed before the |.|.
-        tokens:       int64 [K]: rows of embedding and head that count; None is all of them.
-        memory_limit: bytes of activations kept on the device; see `passes.Pass`.
-        progress:     show a bar over the blocks.
+        allotment:   how memory is shared out; its micro_batch is the number of samples run at once.
+                     The scores depend on it by rounding only.
+        on_block:    given each block's scores, the last block first.
+        on_restored: given, in its turn, the index of a block that an interrupted run has finished.
+        on_outer:    given the embedding's and then the head's scores, after all blocks. A tied
+                     matrix comes twice, each time with both uses summed before the |.|.
+        tokens:      int64 [K]: rows of embedding and head that count; None is all of them.
+        progress:    of an interrupted run, to go on from and to add to.
+        show:        show a bar over the blocks.
     Raises:
-        InputError: bad samples; NaN or infinity anywhere, by block, parameter and sample; a
-            parameter that no gradient reaches.
+        NonFiniteError: NaN or infinity anywhere, by block, parameter and sample.
+        InputError: bad samples; a parameter that no gradient reaches.
         ResourceError: no disk space for the activations.
     """
-    batches = model.batches(samples, micro_batch)
-    scorer = _BlockScorer(model, on_block)
+    batches = model.batches(samples, allotment.micro_batch)
+    scorer = _BlockScorer(model, on_block, on_restored)
     with Pass(
         model,
         batches,
         scorer,
+        allotment=allotment,
         keep_rows=on_outer is not None,
-        memory_limit=memory_limit,
         progress=progress,
+        show=show,
     ) as run:
         run.run()
         if on_outer is not None:
@@ -115,7 +121,7 @@ def sensitivity(model, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[st
     samples = [s for number, batch in enumerate(batches) for s in _samples(number, batch)]
     scorer = _BlockScorer(stream, keep)
     size = max((len(batch["input_ids"]) for batch in batches), default=1)
-    with Pass(stream, stream.batches(samples, size), scorer, keep_rows=True, progress=False) as run:
+    with Pass(stream, stream.batches(samples, size), scorer, keep_rows=True, show=False) as run:
         run.run()
         found.update(scorer.last)
         score_outer(run, full=found)
@@ -138,12 +144,18 @@ def _samples(number: int, batch: Mapping[str, torch.Tensor]) -> list[Sample]:
 class _BlockScorer(Visitor):
     """Scores of the block whose backward runs; `last` are those of what follows the last block."""
 
-    def __init__(self, stream: StreamedModel, on_block: Callable[[BlockScores], None]):
-        self.stream, self.on_block = stream, on_block
+    def __init__(
+        self,
+        stream: StreamedModel,
+        on_block: Callable[[BlockScores], None],
+        on_restored: Callable[[int], None] = lambda index: None,
+    ):
+        self.stream, self.on_block, self.restored = stream, on_block, on_restored
         self.last: dict[str, torch.Tensor] = {}
 
-    def loaded(self, index: int, block: nn.Module) -> None:
+    def loaded(self, index: int, block: nn.Module, scale: float) -> None:
         """Start the block's scores at zero."""
+        self._scale = scale
         self._weights = {n: p.detach() for n, p in block.named_parameters()}
         self._scores = {
             n: torch.zeros(p.shape, dtype=torch.float32, device=p.device)
@@ -184,13 +196,17 @@ class _BlockScorer(Visitor):
                 "cannot be scored"
             )
         sums = self._totals.values()
+        if self._scale != 1.0:
+            for name, score in self._scores.items():
+                score.mul_(1 / self._scale)
+                self._totals[name].scale_(1 / self._scale)
         flags = torch.stack([s.nonfinite for s in sums]).tolist()
         totals = dict(zip(self._totals, torch.stack([s.total for s in sums]).tolist(), strict=True))
         for name, flag in zip(totals, flags, strict=True):
             if flag:
                 # every gradient was finite: a weight is not, or a score has left fp32's range
                 what = f"scores of parameter {name}"
-                raise InputError(not_finite(self.stream, None, path, names, what))
+                raise self.stream.not_finite(None, path, names, what)
         total = math.fsum(totals.values())
         self.on_block(BlockScores(index, total, totals, self._scores, self._weights))
         self._scores, self._weights, self._totals = {}, {}, {}
@@ -255,7 +271,7 @@ class _BlockScorer(Visitor):
         name, sums = next((n, s) for n, s in self._sums if not torch.isfinite(s).all())
         sample = batch.ids[int((~torch.isfinite(sums)).nonzero()[0])]
         what = f"gradients of parameter {name}"
-        raise InputError(not_finite(self.stream, sample, path, names, what))
+        raise self.stream.not_finite(sample, path, names, what)
 
     def _add(self, name: str, gradient: torch.Tensor) -> None:
         ops.accumulate_sensitivity_(

@@ -16,10 +16,13 @@ which would change the function at step 0; S7 subtracts the product only.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 import os
-from dataclasses import asdict, dataclass
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,14 +30,17 @@ import torch
 from pkt_ext import artifact
 from pkt_ext.attribution.sensitivity import PassReport, stream_sensitivity
 from pkt_ext.data import PROMPT_FORMATS, Encoded, encode, match_vocabularies, read_rows
-from pkt_ext.errors import InputError
+from pkt_ext.errors import InputError, NonFiniteError
 from pkt_ext.lora import Factor, residual_model, write_adapter
 from pkt_ext.methods.pairing import ATTENTION, MLP, Plan, pair_parts
 from pkt_ext.methods.windows import Clock, Cutter
 from pkt_ext.models.anatomy import describe
 from pkt_ext.settings import DTYPES, check_choices, find_device
+from pkt_ext.streaming.batches import with_distinct_ids
 from pkt_ext.streaming.blocks import StreamedModel
+from pkt_ext.streaming.budget import Allotment, parse_bytes
 from pkt_ext.streaming.checkpoint import Checkpoint
+from pkt_ext.streaming.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +63,8 @@ class SeekingConfig:
     dtype: str | None = None  # of the teacher's pass; None: the checkpoint's. Scores are float32
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: cuda where there is one
     micro_batch: int = 4  # seed rows a forward takes at once; the scores do not depend on it
+    budget: str | None = None  # memory of the device, as 8GiB; None: most of what is free
+    nonfinite: str = "error"  # or "skip-sample": leave out a row that gives NaN or infinity
     svd: str = "converged"  # converged, fast (fixed passes) or exact: see ops.truncated_svd
     seed: int = 0  # of the SVD's random start
     export: str | None = None  # "residual-model": also write W_s - eta B0 A0 beside the output
@@ -64,6 +72,8 @@ class SeekingConfig:
     student_revision: str | None = None  # likewise
 
     def __post_init__(self):
+        if self.budget is not None:
+            parse_bytes(self.budget)
         for name, least in (("rank", 1), ("micro_batch", 1), ("max_length", 2)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least {least}")
@@ -76,6 +86,7 @@ class SeekingConfig:
             vocabulary=("identical", "shared"),
             dtype=(None, *DTYPES),
             svd=("converged", "fast", "exact"),
+            nonfinite=("error", "skip-sample"),
             export=(None, *EXPORTS),
             prompt_format=PROMPT_FORMATS,
         )
@@ -90,6 +101,7 @@ def extract(
     *,
     tokenizer=None,
     overwrite: bool = False,
+    resume: bool = True,
     progress: bool = True,
 ) -> dict:
     """Extract a Seeking start for `student` from `teacher` and publish it as the folder `out`.
@@ -98,17 +110,23 @@ def extract(
     negated), to be trained through `pkt_ext.lora.attach` or `pkt finetune`. It is no adapter for
     the unmodified student.
 
+    What is finished is kept in `<out>.progress` until the output is published: an interrupted run,
+    repeated, goes on from its last finished block and ends with the same bytes. (Not where the
+    teacher is a model in memory.)
+
     Args:
         teacher, student: a folder, a hub id or a loaded PreTrainedModel.
         data: a JSON-lines file of seed rows, or the rows; see `data.read_rows`.
         out: the folder to make.
         tokenizer: of teacher and student alike, where loaded models come without theirs.
         overwrite: replace a complete output of an earlier run.
+        resume: go on from the progress of an interrupted run; False: delete it.
         progress: show progress bars.
     Returns:
         What report.json holds.
     Raises:
-        InputError: whatever about the inputs cannot work; nothing is written then.
+        InputError: whatever about the inputs cannot work, a budget that is too small, the progress
+            of another run.
         OutputBusyError, ResourceError: see `artifact.publish`.
     """
     config = config or SeekingConfig()
@@ -119,36 +137,44 @@ def extract(
     clock, report = Clock(), {}
     with clock("prepare"):
         job = _prepare(teacher, student, data, config, tokenizer)
-    with artifact.publish(
-        out,
-        kind="init",
-        run=_run_record(job, data, config),
-        report=report,
-        card=_card(job.student.name, job.teacher.name, config),
-        overwrite=overwrite,
-        planned_bytes=2 * job.plan.adapter_bytes(config.rank),
-    ) as staging:
-        for entry in job.plan.skipped:
-            log.warning("skipped %s: %s", entry["matrix"], entry["reason"])
-        if job.encoded.dropped:
-            log.warning(job.encoded.left_out())
-        cutter = Cutter(job.plan, job.tokens, clock, config.rank, config.svd, config.seed)
-        passed = stream_sensitivity(
-            job.model,
-            job.encoded.samples,
-            micro_batch=config.micro_batch,
-            on_block=cutter.block,
-            on_outer=cutter.outer if job.plan.outer else None,
-            tokens=None if job.tokens is None else job.tokens[0],
-            progress=progress,
-        )
-        reducing = clock.seconds["windows"] + clock.seconds["factors"]
-        clock.seconds["sensitivity"] = passed.seconds - reducing
-        clock.peak_bytes["sensitivity"] = passed.peak_bytes
-        with clock("write"):
-            factors, windows = cutter.result()
-            _write_start(staging, factors, job, config)
-        report.update(_report(job, cutter, windows, passed, clock))
+    run = _run_record(job, data, config)
+    place = out.parent / f"{out.name}.progress"
+    if resume and not overwrite and (finished := _finished(out, place, run)):
+        return finished
+    kept: Progress | None = None
+    try:
+        with artifact.publish(
+            out,
+            kind="init",
+            run=run,
+            report=report,
+            card=_card(job.student.name, job.teacher.name, config),
+            overwrite=overwrite,
+            planned_bytes=2 * job.plan.adapter_bytes(config.rank),
+        ) as staging:
+            for entry in job.plan.skipped:
+                log.warning("skipped %s: %s", entry["matrix"], entry["reason"])
+            if job.encoded.dropped:
+                log.warning(job.encoded.left_out())
+            if job.teacher.folder is not None:
+                kept = Progress(place, _state(job, config, run), resume=resume)
+            cutter, passed, allotment = _cut(job, config, clock, kept, progress)
+            with clock("write"):
+                factors, windows = cutter.result()
+                _write_start(staging, factors, job, config)
+            report.update(_report(job, cutter, windows, passed, clock))
+            report.update(_costs(config, passed, allotment))
+    except BaseException as error:
+        # a checkpoint with NaN has to change, and its progress would not fit the new one
+        if kept is not None and kept.found and not isinstance(error, NonFiniteError):
+            error.add_note(
+                f"finished blocks are kept in {kept.folder}: the same command goes on from there"
+            )
+        elif kept is not None:
+            kept.remove()
+        raise
+    if kept is not None:
+        kept.remove()
     if config.export == "residual-model":
         report["residual_model"] = str(residual)
         residual_model(
@@ -194,7 +220,82 @@ def _prepare(teacher, student, data, config: SeekingConfig, tokenizer) -> _Job:
     if plan.teacher.position_embedding:  # learned positions end somewhere
         length = min(length, teacher.config.max_position_embeddings)
     encoded = encode(read_rows(data), speaks, max_length=length, prompt_format=config.prompt_format)
+    encoded = replace(encoded, samples=with_distinct_ids(encoded.samples))
     return _Job(teacher, student, model, plan, tokens, encoded)
+
+
+def _cut(job: _Job, config: SeekingConfig, clock: Clock, kept: Progress | None, show: bool):
+    """S1 to S6: (the cutter, what the pass cost, how memory was shared out)."""
+    known = kept.state if kept is not None else {}
+    skipped = list(known.get("skipped", ()))
+    while True:
+        samples = [s for s in job.encoded.samples if s.id not in {e["id"] for e in skipped}]
+        allotment = _share_out(job, config, samples, known.get("allotment"))
+        if kept is not None:
+            kept.remember(
+                skipped=skipped,
+                allotment={"micro_batch": allotment.micro_batch, "head_rows": allotment.head_rows},
+            )
+        cutter = Cutter(job.plan, job.tokens, clock, config.rank, config.svd, config.seed, kept)
+        outer = job.plan.outer and not cutter.restore_outer()
+        try:
+            passed = stream_sensitivity(
+                job.model,
+                samples,
+                allotment=allotment,
+                on_block=cutter.block,
+                on_restored=cutter.restore,
+                on_outer=cutter.outer if outer else None,
+                tokens=None if job.tokens is None else job.tokens[0],
+                progress=kept,
+                show=show,
+            )
+            break
+        except NonFiniteError as error:
+            if config.nonfinite != "skip-sample" or error.sample is None or len(samples) == 1:
+                raise
+            log.warning("left out: %s", error)
+            skipped.append({"id": error.sample, "reason": str(error)})
+            if kept is not None:
+                kept.restart()
+    if outer:
+        cutter.finish_outer()
+    reducing = clock.seconds["windows"] + clock.seconds["factors"]
+    clock.seconds["sensitivity"] = max(0.0, passed.seconds - reducing)
+    clock.peak_bytes["sensitivity"] = passed.peak_bytes
+    return cutter, replace(passed, skipped=tuple(skipped)), allotment
+
+
+def _share_out(job: _Job, config: SeekingConfig, samples, known: dict | None) -> Allotment:
+    """How the pass shares out its memory; `known`: what touches the rounding, as it began."""
+    return Allotment(**{"micro_batch": config.micro_batch, **(known or {})})
+
+
+def _state(job: _Job, config: SeekingConfig, run: dict) -> dict:
+    """What the progress of a run belongs to; a budget changes no result."""
+    content = hashlib.sha256()
+    for sample in job.encoded.samples:
+        content.update(sample.id.encode())
+        content.update(sample.input_ids.numpy().tobytes() + sample.labels.numpy().tobytes())
+    return {
+        "config": asdict(replace(config, budget=None)),
+        "inputs": run["inputs"],
+        "samples": content.hexdigest(),
+        "dtype": str(job.model.dtype),
+        "device": job.model.device.type,
+        "versions": artifact.versions(),
+    }
+
+
+def _finished(out: Path, place: Path, run: dict) -> dict | None:
+    """The report of a run that was killed between publishing and cleaning up."""
+    if not artifact.is_published(out) or not place.is_dir():
+        return None
+    found = artifact.read(out)
+    if any(found.get(key) != json.loads(json.dumps(run[key])) for key in ("config", "inputs")):
+        return None
+    shutil.rmtree(place)
+    return json.loads((out / "report.json").read_bytes())
 
 
 def _run_record(job: _Job, data, config: SeekingConfig) -> dict:
@@ -241,8 +342,20 @@ def _report(job: _Job, cutter: Cutter, windows: dict, passed: PassReport, clock:
         "device": str(job.model.device),
         "seconds": dict(clock.seconds),
         "pass_seconds": passed.stages,  # of "sensitivity"; windows and factors are in "reduce"
+        "waits": passed.waits,  # of the pass's seconds: for the disk, the link, and computing
+        "bottleneck": max(passed.waits, key=passed.waits.get),
+        "bytes_read": passed.bytes_read,
+        "spilled_bytes": passed.spilled_bytes,
+        "nonfinite_samples": list(passed.skipped),
         # "sensitivity": of the device, the others: of the host
         "peak_bytes": dict(clock.peak_bytes),
+    }
+
+
+def _costs(config: SeekingConfig, passed: PassReport, allotment: Allotment) -> dict:
+    return {
+        "budget": config.budget and parse_bytes(config.budget),
+        "memory": {"peak_bytes": passed.peak_bytes, **asdict(allotment)},
     }
 
 

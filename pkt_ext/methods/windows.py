@@ -14,11 +14,12 @@ import torch
 
 from pkt_ext import ops
 from pkt_ext.attribution.sensitivity import BlockScores, OuterScores
-from pkt_ext.errors import InputError
+from pkt_ext.errors import NonFiniteError
 from pkt_ext.lora import Factor
 from pkt_ext.methods.pairing import Plan, Strongest
 from pkt_ext.models.anatomy import Projection
 from pkt_ext.streaming.meter import resident_bytes
+from pkt_ext.streaming.progress import Progress
 
 
 class Clock:
@@ -46,6 +47,7 @@ class Cutter:
         tokens: int64 (teacher ids, student ids) of the vocabulary rows to use; None: all.
         clock: books "windows" and "factors".
         rank, mode, seed: of `ops.lora_factors`.
+        progress: what is cut is written there, and found there again; None: in memory only.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class Cutter:
         rank: int,
         mode: str,
         seed: int,
+        progress: Progress | None = None,
     ):
-        self.plan, self.tokens, self.clock = plan, tokens, clock
+        self.plan, self.tokens, self.clock, self.progress = plan, tokens, clock, progress
         self.rank, self.mode, self.seed = rank, mode, seed
         self.strongest = Strongest(len(plan.student.blocks))
         self.totals: dict[int, float] = {}
@@ -66,12 +69,59 @@ class Cutter:
 
     def block(self, scores: BlockScores) -> None:
         """S3 to S6 for one teacher block; nothing is factored that cannot be among the best."""
-        self.totals[scores.index] = scores.total
-        out = self.strongest.offer(scores.index, scores.total)
+        found = {}
+        if self._offer(scores.index, scores.total):
+            found = self._blocks[scores.index] = self._cut_block(scores)
+        self._save(f"factors {scores.index}", found, total=scores.total)
+
+    def restore(self, index: int) -> None:
+        """Take up the block that an interrupted run has cut."""
+        line = self.progress.find(f"factors {index}")
+        if self._offer(index, line["total"]):
+            self._blocks[index] = self._load(line)
+
+    def restore_outer(self) -> bool:
+        """Take up embedding and head; False where they have not been cut."""
+        line = self.progress and self.progress.find("factors outer")
+        if line:
+            self._outer = self._load(line)
+        return bool(line)
+
+    def finish_outer(self) -> None:
+        """Embedding and head are cut."""
+        self._save("factors outer", self._outer)
+
+    def _offer(self, index: int, total: float) -> bool:
+        """Whether the block is among the strongest so far; the one it displaces is forgotten."""
+        self.totals[index] = total
+        out = self.strongest.offer(index, total)
         self._blocks.pop(out, None)
-        if out == scores.index:
+        return out != index
+
+    def _save(self, step: str, found: dict[str, tuple], **facts) -> None:
+        if self.progress is None:
             return
-        self._blocks[scores.index] = {
+        tensors = {
+            f"{role}.{k}": t
+            for role, (B, A, _) in found.items()
+            for k, t in zip("BA", (B, A), strict=True)
+        }
+        self.progress.record(
+            step,
+            saved={"factors": self.progress.save(step.replace(" ", "-"), tensors)},
+            windows={role: window for role, (_, _, window) in found.items()},
+            **facts,
+        )
+
+    def _load(self, line: dict) -> dict[str, tuple]:
+        tensors = self.progress.load(line["saved"]["factors"])
+        return {
+            role: (tensors[f"{role}.B"], tensors[f"{role}.A"], window)
+            for role, window in line["windows"].items()
+        }
+
+    def _cut_block(self, scores: BlockScores) -> dict[str, tuple]:
+        return {
             role: self._cut(
                 f"{self.plan.teacher.blocks[scores.index]}.{mine.module}",
                 mine.matrix(scores.scores[f"{mine.module}.weight"]),
@@ -94,8 +144,11 @@ class Cutter:
 
     def _factor(self, name: str, matrix, row: int, col: int, total: float, whole: float) -> tuple:
         with self.clock("factors"):
-            if not matrix.isfinite().all():  # weights that no sample reaches have finite scores
-                raise InputError(f"NaN or infinity in the teacher's {name}; repair its checkpoint")
+            # weights that no sample reaches have finite scores; in pieces: [V, D] can be most of it
+            if not all(piece.isfinite().all() for piece in matrix.split(4096)):
+                raise NonFiniteError(
+                    f"NaN or infinity in the teacher's {name}; repair its checkpoint"
+                )
             B, A, found = ops.lora_factors(
                 matrix, self.rank, mode=self.mode, seed=self.seed, return_report=True
             )

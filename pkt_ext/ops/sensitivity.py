@@ -64,6 +64,12 @@ class SensitivitySums:
             torch.zeros((), dtype=torch.int32, device=device),
         )
 
+    def scale_(self, factor: float) -> None:
+        """Multiply every sum by `factor`, a power of two (then exact but for overflow)."""
+        for sums in (self.rows, self.cols, self.blocks, self.total):
+            if sums is not None:
+                sums.mul_(factor)
+
     def add_reference(self, contributions: torch.Tensor, score: torch.Tensor | None = None) -> None:
         """Plain torch: add the sums of contributions [..., C]; `score` is checked for NaN too."""
         values = contributions.double().reshape(_matrix_shape(contributions.shape))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -75,21 +75,28 @@ def make_batches(
         raise InputError(f"micro_batch is {micro_batch}; give at least 1")
     if not samples:
         raise InputError("there are no samples to run; give at least one")
+    for sample in samples:
+        _check(sample, vocab_size, max_positions)
+    # stable: equal inputs, equal batches
+    ordered = sorted(with_distinct_ids(samples), key=lambda sample: -len(sample.input_ids))
+    long = [s for s in ordered if alone_above and len(s.input_ids) > alone_above]
+    rest = ordered[len(long) :]
+    groups = [rest[i : i + micro_batch] for i in range(0, len(rest), micro_batch)]
+    limit = min((n for n in (max_positions, alone_above) if n), default=None)
+    return [_pad([sample], len(sample.input_ids), device) for sample in long] + [
+        _pad(group, limit, device) for group in groups
+    ]
+
+
+def with_distinct_ids(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples in their order; an id that occurs again gets a number behind it."""
     seen: Counter[str] = Counter()
     named = []
     for sample in samples:
-        _check(sample, vocab_size, max_positions)
         name = str(sample.id)
         seen[name] += 1
-        named.append((name if seen[name] == 1 else f"{name} ({seen[name]})", sample))
-    named.sort(key=lambda pair: -len(pair[1].input_ids))  # stable: equal inputs, equal batches
-    long = [pair for pair in named if alone_above and len(pair[1].input_ids) > alone_above]
-    rest = named[len(long) :]
-    groups = [rest[i : i + micro_batch] for i in range(0, len(rest), micro_batch)]
-    limit = min((n for n in (max_positions, alone_above) if n), default=None)
-    return [_pad([pair], len(pair[1].input_ids), device) for pair in long] + [
-        _pad(group, limit, device) for group in groups
-    ]
+        named.append(replace(sample, id=name if seen[name] == 1 else f"{name} ({seen[name]})"))
+    return named
 
 
 def _check(sample: Sample, vocab_size: int, max_positions: int | None) -> None:
@@ -112,8 +119,7 @@ def _check(sample: Sample, vocab_size: int, max_positions: int | None) -> None:
         )
 
 
-def _pad(group: Sequence[tuple[str, Sample]], limit: int | None, device) -> Batch:
-    names, samples = zip(*group, strict=True)
+def _pad(samples: Sequence[Sample], limit: int | None, device) -> Batch:
     lengths = tuple(len(sample.input_ids) for sample in samples)
     length = -(-max(lengths) // ALIGNMENT) * ALIGNMENT
     if limit:
@@ -124,4 +130,5 @@ def _pad(group: Sequence[tuple[str, Sample]], limit: int | None, device) -> Batc
     for row, sample in enumerate(samples):
         input_ids[row, : lengths[row]] = sample.input_ids
         labels[row, : lengths[row]] = sample.labels
+    names = tuple(sample.id for sample in samples)
     return Batch(input_ids.to(device), labels.to(device), lengths, names)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from pkt_ext.errors import InputError
+from pkt_ext.errors import InputError, NonFiniteError
 from pkt_ext.models.anatomy import describe
 from pkt_ext.streaming.batches import Batch, make_batches
 
@@ -87,9 +87,34 @@ class StreamedModel:
         untied = () if self.anatomy.tied else (self.embedding_name,)
         return tuple(n for n in self.outer_names if n not in untied)
 
-    def fetch(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Parameters by name, on the device, in this model's dtype."""
-        return self.checkpoint.load(tuple(names), self.dtype, self.device)
+    def fetch(self, names: Iterable[str], move=None) -> dict[str, torch.Tensor]:
+        """Parameters by name, on the device, in this model's dtype; `move`: see `load`."""
+        return self.checkpoint.load(tuple(names), self.dtype, self.device, move)
+
+    def fetch_rows(self, name: str, index: slice | torch.Tensor, move=None) -> torch.Tensor:
+        """Some rows of a matrix, [K, D], on the device, in this model's dtype."""
+        return self.checkpoint.rows(name, index, self.dtype, self.device, move)
+
+    @contextmanager
+    def embedding_of(self, tokens: torch.Tensor, *, trainable: bool = False):
+        """Let the model embed these tokens: their rows of the embedding and no others are brought.
+
+        Args:
+            tokens:    int64 [K], ascending; inside the context their numbers 0 .. K-1 stand for
+                       them in `record`.
+            trainable: let the parameters require grad.
+        """
+        tensors = self.fetch(n for n in self.first_names if n != self.embedding_name)
+        tensors[self.embedding_name] = self.fetch_rows(self.embedding_name, tokens)
+        table, padding = self.embedding, self.embedding.padding_idx
+        if padding is not None:
+            here = (tokens == padding).nonzero().flatten().tolist()
+            table.padding_idx = here[0] if here else None
+        try:
+            with self.resident(tensors, trainable=trainable):
+                yield
+        finally:
+            table.padding_idx = padding
 
     @contextmanager
     def resident(self, tensors: dict[str, torch.Tensor], *, trainable: bool = False):
@@ -112,10 +137,29 @@ class StreamedModel:
         """The parameters as the model holds them now, on meta or resident."""
         return {n: self._places[n][0][0]._parameters[self._places[n][0][1]] for n in names}
 
-    def blame(self, names: Iterable[str]) -> str | None:
-        """The first of these resident parameters that holds a NaN or an infinity."""
-        held = self.parameters(names).items()
-        return next((n for n, p in held if not torch.isfinite(p).all()), None)
+    def not_finite(
+        self, sample: str | None, where: str, names: Iterable[str], what: str
+    ) -> NonFiniteError:
+        """The error that says why something is NaN or infinite and what to do.
+
+        Args:
+            sample: its id; None where no single one is to blame.
+            where:  the block, or the part of the model.
+            names:  the parameters that may be to blame; those that are resident are looked at.
+            what:   what is not finite.
+        """
+        who = "their sum" if sample is None else f"sample {sample!r}"
+        for name, parameter in self.parameters(names).items():
+            if not parameter.is_meta and not torch.isfinite(parameter).all():
+                return NonFiniteError(
+                    f"{where}: parameter {name} holds NaN or Inf (seen on {who}); the checkpoint "
+                    "is damaged, download or convert it again"
+                )
+        return NonFiniteError(
+            f"{where}: {who} gives NaN or Inf {what} in {self.dtype}; use dtype float32 or "
+            "bfloat16, or drop the sample",
+            sample,
+        )
 
     def batches(self, samples, micro_batch: int) -> list[Batch]:
         """`make_batches` within this model's vocabulary and positions."""
@@ -161,10 +205,11 @@ class StreamedModel:
                 block.__dict__.pop("forward", None)
 
     def record(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
-        """What block 0 is given, and every block's other arguments; `first_names` resident.
+        """What block 0 is given, and every block's other arguments, inside `embedding_of`.
 
         Args:
-            input_ids: int64 [B, T], right-padded. No mask: causality hides the padding.
+            input_ids: int64 [B, T], right-padded, as numbers of the embedding's resident rows. No
+                mask: causality hides the padding.
         Returns:
             hidden states [B, T, D] and, by block, (args, kwargs).
         """

@@ -38,4 +38,5 @@ class Allotment:
     ahead: bool = True  # the next part is read while one is at work
     resident: int = 0  # the last blocks, kept from the forward for the backward
     activation_bytes: int = 0  # boundary activations kept on the device; the rest is spilled
+    host_bytes: int = 0  # of the rest, kept in pinned host memory (CUDA); what remains is on disk
     head_rows: int | None = None  # vocabulary rows of the head at a time; None: all

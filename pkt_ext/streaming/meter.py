@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pass costs: seconds by stage, peak bytes."""
+"""What a pass costs: seconds by stage, what it waited for, bytes read, peak bytes."""
 
 from __future__ import annotations
 
 import resource
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+_INTERVAL = 0.02  # seconds between two looks at the memory of the process
+
 
 @dataclass(frozen=True)
 class PassReport:
@@ -20,22 +23,64 @@ class PassReport:
 
     seconds: float  # wall time in all
     stages: dict[str, float]  # seconds by stage, disjoint: "load", "reduce" are not in the others
+    waits: dict[str, float]  # seconds of wall time by what they went into: disk, link, compute
+    bytes_read: int  # of weights as stored, each time they were brought in
     peak_bytes: int  # CUDA: the allocator's peak; CPU: anonymous and shared resident memory
     samples: tuple[str, ...]
     losses: dict[str, float]  # sample id -> mean cross-entropy over its target tokens, in nats
+    skipped: tuple[dict, ...] = ()  # {"id", "reason"} of samples left out as not finite
+    spilled_bytes: int = 0  # of activations written to disk
 
 
-class Meter:
-    """Books wall time to the innermost stage that is open, and samples memory at their ends."""
+class PeakMemory:
+    """The most memory this process holds while the context is open, looked at fifty times a second.
+
+    On a CPU anonymous and shared resident memory, on CUDA the allocator's peak.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
+        self._peak = 0
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._thread = threading.Thread(target=self._watch, name="pkt-memory", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def bytes(self) -> int:
+        """The peak so far."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        self._peak = max(self._peak, resident_bytes())
+        return self._peak
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_INTERVAL):
+            self._peak = max(self._peak, resident_bytes())
+
+
+class Meter:
+    """Books wall time to the innermost stage that is open, and waiting to what was waited for."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.memory = PeakMemory(device)
+        self.waits = {"disk": 0.0, "link": 0.0}
+        self.bytes_read = 0
         self._seconds: dict[str, float] = {}
         self._open: list[str] = []
         self._since = 0.0
-        self._peak = 0
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -49,18 +94,17 @@ class Meter:
                 torch.cuda.synchronize(self.device)
             self._book()
             self._open.pop()
-            self.sample()
 
-    def sample(self) -> None:
-        """Look at the memory in use now."""
-        if self.device.type != "cuda":
-            self._peak = max(self._peak, resident_bytes())
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds by stage so far."""
+        self._book()
+        return dict(self._seconds)
 
-    def read(self) -> tuple[dict[str, float], int]:
-        """(seconds by stage, peak bytes) so far."""
-        if self.device.type == "cuda":
-            return dict(self._seconds), torch.cuda.max_memory_allocated(self.device)
-        return dict(self._seconds), self._peak
+    @property
+    def seconds(self) -> float:
+        """Seconds in all stages so far."""
+        return sum(self.stages.values())
 
     def _book(self) -> None:
         now = time.perf_counter()
@@ -72,9 +116,10 @@ class Meter:
 
 def resident_bytes() -> int:
     """Anonymous and shared memory this process has in RAM; file mappings are page cache."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return sum(int(fields[k].split()[0]) * 1024 for k in ("RssAnon", "RssShmem"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes, elsewhere KiB
-    return peak if sys.platform == "darwin" else peak * 1024
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes, elsewhere KiB
+        return peak if sys.platform == "darwin" else peak * 1024
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return sum(int(fields[k].split()[0]) * 1024 for k in ("RssAnon", "RssShmem"))

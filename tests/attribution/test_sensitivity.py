@@ -12,13 +12,14 @@ from pkt_ext.attribution.outer import score_outer
 from pkt_ext.attribution.sensitivity import _BlockScorer, sensitivity, stream_sensitivity
 from pkt_ext.errors import InputError
 from pkt_ext.streaming.blocks import StreamedModel
+from pkt_ext.streaming.budget import Allotment
 from pkt_ext.streaming.checkpoint import Checkpoint
 from pkt_ext.streaming.passes import Pass
 
 LENGTHS = (11, 5, 23, 2, 17)  # longer than the sliding windows (4); two samples and one in a batch
 
 
-def run(source, rows, *, dtype=torch.float32, micro_batch=2, **options):
+def run(source, rows, *, dtype=torch.float32, micro_batch=2, share=None, **options):
     """({parameter name: score}, {block index: total}, {name: OuterScores}, report)."""
     stream = StreamedModel(Checkpoint.open(source), dtype=dtype)
     scores, totals, outer = {}, {}, {}
@@ -39,10 +40,10 @@ def run(source, rows, *, dtype=torch.float32, micro_batch=2, **options):
     report = stream_sensitivity(
         stream,
         rows,
-        micro_batch=micro_batch,
+        allotment=Allotment(micro_batch, **(share or {})),
         on_block=on_block,
         on_outer=on_outer,
-        progress=False,
+        show=False,
         **options,
     )
     return scores, totals, outer, report
@@ -131,12 +132,18 @@ def test_half_precision_is_as_good_as_the_loop_in_it(family, dtype, tmp_path):
     assert sorted(ratios)[len(ratios) // 2] <= 1.2  # measured 0.91 to 1.07
 
 
-def test_bits_repeat_and_do_not_depend_on_where_activations_are_kept(tmp_path):
-    folder = zoo.save(zoo.build("qwen3"), tmp_path)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # as stored, and converted
+@pytest.mark.parametrize("family", ["qwen3", "gpt2"])  # tied; learned positions, Conv1D
+def test_bits_do_not_depend_on_what_is_kept_where(family, dtype, tmp_path):
+    folder = zoo.save(zoo.build(family), tmp_path)
     rows = published.samples(LENGTHS, vocab=zoo.VOCAB)
-    first = run(folder, rows)
-    for limit in (None, 0, 20_000):  # memory, disk, some of both
-        again = run(folder, rows, memory_limit=limit)
+    first = run(folder, rows, dtype=dtype)
+    for share in (
+        {"ahead": False},
+        {"resident": 1, "activation_bytes": 20_000},
+        {"resident": 99, "activation_bytes": 2**40},
+    ):
+        again = run(folder, rows, dtype=dtype, share=share)
         assert all(again[0][n].equal(first[0][n]) for n in first[0])
         assert again[1] == first[1]
         assert again[2]["head"].column_sums.equal(first[2]["head"].column_sums)
@@ -177,13 +184,10 @@ def test_token_restriction_leaves_the_other_rows_out(family, tmp_path):
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2"])
 def test_sums_and_full_scores_together(family, restricted, dense, monkeypatch):
     if dense:  # as an embedding of another class than nn.Embedding would give them
-        sparse = Pass.first_gradients
-
-        def first_gradients(self):
-            for number, row, found in sparse(self):
-                yield number, row, {n: g.to_dense() for n, g in found.items()}
-
-        monkeypatch.setattr(Pass, "first_gradients", first_gradients)
+        reached = Pass._reached
+        monkeypatch.setattr(
+            Pass, "_reached", lambda self, name, p, g: reached(self, name, p, g.to_dense())
+        )
     model = zoo.build(family)
     rows = published.samples((12, 7), vocab=zoo.VOCAB)
     truth, _ = published.sensitivity(model, rows)
@@ -192,7 +196,7 @@ def test_sums_and_full_scores_together(family, restricted, dense, monkeypatch):
     counts[slice(None) if tokens is None else tokens] = 1
     stream, outer, full = StreamedModel(Checkpoint.open(model)), [], {}
     scorer = _BlockScorer(stream, lambda block: None)
-    with Pass(stream, stream.batches(rows, 2), scorer, keep_rows=True, progress=False) as run:
+    with Pass(stream, stream.batches(rows, 2), scorer, keep_rows=True, show=False) as run:
         run.run()
         score_outer(run, outer.append, tokens=tokens, full=full)
     matrices = {found.parameter for found in outer}
@@ -223,18 +227,22 @@ def test_scores_of_embedding_and_head_are_never_formed(family, tmp_path, monkeyp
     assert {name for name, _ in seen} == {"linear_sensitivity_"} | untied
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2"])  # gemma2: soft-capped
 def test_vocabulary_chunks_add_up(family, tmp_path, monkeypatch):
     folder = zoo.save(zoo.build(family), tmp_path)
     rows = published.samples(LENGTHS, vocab=zoo.VOCAB)
-    whole = run(folder, rows)[2]
+    scores, _, whole, report = run(folder, rows)
     monkeypatch.setattr("pkt_ext.attribution.outer._CHUNK", 1)  # 64 rows, 264 in the vocabulary
-    monkeypatch.setattr("pkt_ext.streaming.readout._LOGITS", {"cpu": 3 * zoo.VOCAB})
-    parts = run(folder, rows)[2]
-    for name in whole:
-        torch.testing.assert_close(
-            parts[name].column_sums, whole[name].column_sums, rtol=1e-6, atol=0
-        )
+    monkeypatch.setattr("pkt_ext.streaming.readout.LOGITS", {"cpu": 3 * zoo.VOCAB})
+    for share in ({}, {"head_rows": 100}, {"head_rows": 1000}):
+        found, _, parts, again = run(folder, rows, share=share)
+        assert again.losses == pytest.approx(report.losses, rel=1e-6)
+        for name in whole:
+            torch.testing.assert_close(
+                parts[name].column_sums, whole[name].column_sums, rtol=1e-6, atol=0
+            )
+        for name, score in found.items():
+            assert_close(name, score, scores[name], 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -288,7 +296,7 @@ def test_bad_gradients_name_block_parameter_and_sample():
     stream.blocks[1].mlp.act_fn = _BadGradient()
     rows = published.samples((6, 9), vocab=zoo.VOCAB)  # the longer one comes first in the batch
     with pytest.raises(InputError, match="gradients of parameter mlp.gate_proj.weight") as error:
-        stream_sensitivity(stream, rows, micro_batch=2, on_block=print, progress=False)
+        stream_sensitivity(stream, rows, allotment=Allotment(2), on_block=print, show=False)
     assert "model.layers.1" in str(error.value) and "'row-0'" in str(error.value)
 
 
@@ -298,7 +306,9 @@ def test_parameter_that_no_gradient_reaches_is_refused():
     mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x))
     rows = published.samples((6,), vocab=zoo.VOCAB)
     with pytest.raises(InputError, match="no gradient reaches mlp.gate_proj.weight"):
-        stream_sensitivity(stream, rows, micro_batch=1, on_block=lambda _: None, progress=False)
+        stream_sensitivity(
+            stream, rows, allotment=Allotment(1), on_block=lambda _: None, show=False
+        )
 
 
 def test_batch_without_labels_is_refused():

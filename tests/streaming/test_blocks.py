@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layer-major engine: what is resident when, what is read how often, batches, activations."""
 
+import json
 import logging
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from pkt_ext.errors import InputError, ResourceError
 from pkt_ext.streaming.batches import ALIGNMENT, IGNORED, make_batches
 from pkt_ext.streaming.blocks import StreamedModel
+from pkt_ext.streaming.budget import Allotment
 from pkt_ext.streaming.checkpoint import Checkpoint
 from pkt_ext.streaming.passes import Pass, Visitor
 from pkt_ext.streaming.store import ActivationStore
@@ -23,16 +25,18 @@ class Reader:
 
     def __init__(self, checkpoint):
         self.checkpoint, self.reads, self.resident, self.model = checkpoint, [], [], None
-        self.dtype = checkpoint.dtype
+
+    def __getattr__(self, name):
+        return getattr(self.checkpoint, name)
 
     def skeleton(self, dtype):
         self.model = self.checkpoint.skeleton(dtype)
         return self.model
 
-    def load(self, names, dtype, device):
+    def load(self, names, dtype, device, move=None):
         self.resident.append(resident(self.model))
-        self.reads.append(tuple(names))
-        return self.checkpoint.load(names, dtype, device)
+        self.reads.append(names)
+        return self.checkpoint.load(names, dtype, device, move)
 
 
 def resident(model) -> set[str]:
@@ -54,7 +58,8 @@ class Witness(Visitor):
     def forward(self, index, block, batch):
         return self._look("forward", index)
 
-    def loaded(self, index, block):
+    def loaded(self, index, block, scale):
+        assert scale == 1.0
         self.seen.append(("loaded", index))
 
     def backward(self, index, block, batch):
@@ -64,23 +69,33 @@ class Witness(Visitor):
         self.seen.append(("finished", index))
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("kept", [0, 1, 4])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2", "gpt_neox"])
-def test_one_block_is_resident_and_read_twice(family, tmp_path):
+def test_one_block_is_resident_and_read_as_often_as_said(family, kept, ahead, tmp_path):
     folder = zoo.save(zoo.build(family, layers=4), tmp_path)
     reader = Reader(Checkpoint.open(folder))
     stream = StreamedModel(reader)
     witness = Witness(stream)
     rows = published.samples((9, 4, 13), vocab=zoo.VOCAB)
-    with Pass(stream, stream.batches(rows, 2), witness, progress=False) as run:
+    share = Allotment(2, ahead=ahead, resident=kept)
+    batches = stream.batches(rows, 2)
+    with Pass(stream, batches, witness, allotment=share, show=False) as run:
         run.run()
-    assert reader.resident == [set()] * len(reader.reads)  # one part leaves before the next comes
-    blocks = [n for names in stream.block_names for n in names]
-    counts = {n: sum(names.count(n) for names in reader.reads) for n in blocks}
-    assert set(counts.values()) == {2}
+        found = run.report()
+    if not ahead:  # one part leaves before the next comes; norms stay while the head comes
+        assert all(len(names) < len(stream.block_names[0]) for names in reader.resident)
     order = [names for names in reader.reads if names in stream.block_names]
-    assert order == [*stream.block_names, *reversed(stream.block_names)]
+    assert order == [*stream.block_names, *reversed(stream.block_names[: 4 - kept])]
     outer = [names for names in reader.reads if names not in stream.block_names]
-    assert outer == [stream.first_names, stream.last_names]
+    assert stream.embedding_name not in outer[0]  # only its rows were read
+    assert [n for names in outer[1:] for n in names] == [
+        *run.readout.small_names,
+        stream.head_name,
+    ]
+    blocks = sum(reader.checkpoint.bytes_of(names) for names in order)
+    assert found.bytes_read == blocks + sum(map(reader.checkpoint.bytes_of, outer[1:]))
+    assert set(found.waits) == {"disk", "link", "compute"} and found.seconds > 0
     assert resident(stream.model) == set()
     assert witness.seen == [("forward", i) for i in range(4) for _ in range(2)] + [
         step
@@ -92,7 +107,7 @@ def test_one_block_is_resident_and_read_twice(family, tmp_path):
 def test_masks_are_kept_once_for_all_blocks_and_samples():
     stream = StreamedModel(Checkpoint.open(zoo.build("gemma2", layers=4)))
     rows = published.samples((20, 25, 30), vocab=zoo.VOCAB)
-    with Pass(stream, stream.batches(rows, 3), progress=False) as run:
+    with Pass(stream, stream.batches(rows, 3), show=False) as run:
         run.run()
         kept = {}  # storage -> bytes
         for _, kwargs in run._calls[0]:
@@ -115,9 +130,9 @@ def test_gradient_of_the_hidden_states_equals_transformers(family):
     rows = published.samples((14, 6, 9), vocab=zoo.VOCAB)
     stream = StreamedModel(Checkpoint.open(model))
     batches = stream.batches(rows, 3)
-    with Pass(stream, batches, progress=False) as run:
+    with Pass(stream, batches, show=False) as run:
         run.run()
-        gradient = run.store.get("gradient", 0)
+        gradient = run.store.get("gradient-0000", 0)
         losses = run.report().losses
     (batch,) = batches
     model.requires_grad_(True)
@@ -151,7 +166,7 @@ def test_unknown_logit_scaling_is_refused():
     stream.model.forward = scaled
     rows = published.samples((6,), vocab=zoo.VOCAB)
     with (
-        Pass(stream, stream.batches(rows, 1), progress=False) as run,
+        Pass(stream, stream.batches(rows, 1), show=False) as run,
         pytest.raises(InputError, match="logits in a way that is not supported"),
     ):
         run.run()
@@ -227,22 +242,54 @@ def test_learned_positions_limit_the_length_and_rotary_ones_do_not():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
 def test_store_returns_what_was_put(limit, dtype, tmp_path):
     store = ActivationStore(torch.device("cpu"), limit, str(tmp_path))
-    made = {(g, i): torch.randn(3 + i, 4 + g).mul(9).to(dtype) for g in range(2) for i in range(3)}
+    made = {
+        (g, i): torch.randn(3 + i, 4 + n).mul(9).to(dtype)
+        for n, g in enumerate("ab")
+        for i in range(3)
+    }
     for (group, item), tensor in made.items():
         store.put(group, item, tensor)
-    made[0, 1] = torch.randn(4, 4).to(dtype)
-    store.put(0, 1, made[0, 1])  # the same size, in its place
-    made[1, 0] = torch.randn(11, 7).to(dtype).T
-    store.put(1, 0, made[1, 0])  # another size and not contiguous
+    made["a", 1] = torch.randn(4, 4).to(dtype)
+    store.put("a", 1, made["a", 1])  # the same size, in its place
+    made["b", 0] = torch.randn(11, 7).to(dtype).T
+    store.put("b", 0, made["b", 0])  # another size and not contiguous
     for (group, item), tensor in made.items():
         assert store.get(group, item).equal(tensor)
     assert store.bytes_in_memory <= limit and (store.bytes_on_disk == 0) == (limit == 10**6)
-    store.drop(0)
+    store.drop("a")
     with pytest.raises(KeyError):
-        store.get(0, 0)
-    assert store.get(1, 2).equal(made[1, 2])
+        store.get("a", 0)
+    assert store.get("b", 2).equal(made["b", 2])
     store.close()
     assert store.bytes_in_memory == 0 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("limit", [0, 10**6])
+def test_durable_store_is_taken_up_again_unless_damaged(limit, tmp_path):
+    store = ActivationStore(torch.device("cpu"), limit, tmp_path, durable=True)
+    made = {i: torch.randn(5, 4 + i) for i in range(3)}
+    for item, tensor in made.items():
+        store.put("hidden", item, tensor)
+    store.put("scratch", 0, made[0], passing=True)
+    entries = json.loads(json.dumps(store.entries("hidden")))
+    store.close()
+    again = ActivationStore(torch.device("cpu"), limit, tmp_path, durable=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["hidden.activations"]
+    assert again.restore("hidden", entries)
+    assert all(again.get("hidden", item).equal(tensor) for item, tensor in made.items())
+    again.put("hidden", 7, made[2])  # behind what is there
+    assert all(again.get("hidden", item).equal(tensor) for item, tensor in made.items())
+    path = tmp_path / "hidden.activations"
+    content = bytearray(path.read_bytes())
+    content[entries[1]["offset"] + 3] ^= 1
+    path.write_bytes(content)
+    assert not ActivationStore(torch.device("cpu"), 0, tmp_path).restore("hidden", entries)
+    path.write_bytes(content[:20])
+    assert not ActivationStore(torch.device("cpu"), 0, tmp_path).restore("hidden", entries)
+    again.drop("hidden")
+    assert not list(tmp_path.iterdir())
+    assert not again.restore("hidden", entries)
+    again.close()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
@@ -252,7 +299,8 @@ def test_full_disk_says_what_to_do(monkeypatch):
     )
     store = ActivationStore(torch.device("cpu"), 0)
     with pytest.raises(ResourceError, match="no space for 40000 bytes.*TMPDIR"):
-        store.put(0, 0, torch.ones(10000))
+        store.put("a", 0, torch.ones(10000))
+        store.flush()
 
 
 def test_progress_is_plain_lines_without_a_terminal(caplog):
@@ -260,13 +308,14 @@ def test_progress_is_plain_lines_without_a_terminal(caplog):
     rows = published.samples((6,), vocab=zoo.VOCAB)
     with (
         caplog.at_level(logging.INFO, "pkt_ext"),
-        Pass(stream, stream.batches(rows, 1), progress=True) as run,
+        Pass(stream, stream.batches(rows, 1), show=True) as run,
     ):
         run.run()
     lines = [r.getMessage() for r in caplog.records if r.name.startswith("pkt_ext.streaming")]
-    assert lines == [
+    assert [line.split(",")[0] for line in lines] == [
         "forward: block 1 of 2",
         "forward: block 2 of 2",
         "backward: block 2 of 2",
         "backward: block 1 of 2",
     ]
+    assert all(" GB/s" in line and line.endswith(" s left") for line in lines)
