@@ -8,10 +8,20 @@ allocator's peak and the context.
 
 from __future__ import annotations
 
+import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
 
 from pkt_ext.errors import InputError
+from pkt_ext.streaming.batches import Sample
+from pkt_ext.streaming.blocks import StreamedModel
+from pkt_ext.streaming.heap import give_back_freed_memory
+from pkt_ext.streaming.meter import resident_bytes
+from pkt_ext.streaming.needs import Needs, Prediction
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}i": 2 ** (10 * power) for power, unit in enumerate("KMGT", 1)}
@@ -40,3 +50,131 @@ class Allotment:
     activation_bytes: int = 0  # boundary activations kept on the device; the rest is spilled
     host_bytes: int = 0  # of the rest, kept in pinned host memory (CUDA); what remains is on disk
     head_rows: int | None = None  # vocabulary rows of the head at a time; None: all
+
+
+_SHARE = {"cpu": 0.8, "cuda": 0.9}  # of the free memory, where no budget is given
+_STEP = 4 * 2**20  # bytes to which the share of activations is found
+
+
+def fit(
+    stream: StreamedModel,
+    samples: Sequence[Sample],
+    budget: int | None,
+    *,
+    micro_batch: int,
+    extra: Mapping[str, int] | None = None,
+    outer: bool = True,
+    durable: bool = True,
+    fixed: Mapping[str, int | None] | None = None,
+) -> Prediction:
+    """The allotment that makes the most of a budget, and what it is predicted to take.
+
+    What comes first gets the memory: reading ahead, the whole head at once, the micro-batch asked
+    for, activations on the device, resident blocks. No weight is read. Freed memory goes back to
+    the system from here on (see `heap`).
+
+    Args:
+        samples:     what will be run; only lengths, targets and distinct tokens matter.
+        budget:      bytes; None: most of what is free.
+        micro_batch: samples run at once, at most.
+        extra:       phase -> bytes that the caller's own work takes at its largest.
+        outer:       embedding and head will be scored.
+        durable:     activations are written to disk whether or not they are kept.
+        fixed:       {"micro_batch", "head_rows"} of an interrupted run, which are not to change.
+    Raises:
+        InputError: the budget is too small; names the smallest that works.
+    """
+    if stream.device.type == "cpu":
+        give_back_freed_memory()
+    needs = Needs(stream, samples, dict(extra or {}), outer=outer, durable=durable)
+    limit = available_bytes(stream.device) if budget is None else budget
+    sizes, heads = _sizes(micro_batch), needs.head_sizes()
+    if fixed is not None:
+        sizes, heads = [fixed["micro_batch"]], [fixed["head_rows"]]
+
+    smallest = min(
+        (needs.predict(Allotment(sizes[0], ahead=False, head_rows=rows)) for rows in heads),
+        key=lambda prediction: prediction.peak,
+    )
+    if smallest.peak > limit:
+        raise InputError(
+            f"{format_bytes(limit)} of memory is too little: the smallest --budget that works is "
+            f"{format_bytes(smallest.peak)} (its {_largest_parts(smallest)}); lower --max-length "
+            "for less"
+        )
+    best = smallest
+
+    def try_(**changes) -> bool:
+        nonlocal best
+        candidate = needs.predict(replace(best.allotment, **changes))
+        if fits := candidate.peak <= limit:
+            best = candidate
+        return fits
+
+    try_(ahead=True)
+    for rows in heads:
+        if try_(head_rows=rows):
+            break
+    for size in reversed(sizes[1:]):
+        if try_(micro_batch=size):
+            break
+    if stream.device.type == "cuda":
+        best = replace(best, allotment=replace(best.allotment, host_bytes=_host_bytes()))
+    low, high = 0, needs.boundary_bytes(best.allotment.micro_batch)
+    if not try_(activation_bytes=high):
+        while high - low > _STEP:
+            middle = (low + high) // 2
+            low, high = (middle, high) if try_(activation_bytes=middle) else (low, middle)
+    for count in range(len(stream.block_names), 0, -1):
+        if try_(resident=count):
+            break
+    return best
+
+
+def available_bytes(device: torch.device) -> int:
+    """Most of the memory that is free on a device, or that a container is allowed."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _SHARE["cuda"])
+    return resident_bytes() + int(_free_host_bytes() * _SHARE["cpu"])
+
+
+def format_bytes(count: int) -> str:
+    """Bytes as people say them, rounded up: 640 MiB, 7.3 GiB."""
+    if count < 2**30:
+        return f"{-(-count // 2**20)} MiB"
+    return f"{-(-count * 10 // 2**30) / 10:.1f} GiB"
+
+
+def _free_host_bytes() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:  # no Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    for folder, most, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        try:
+            limit = int(Path(folder, most).read_text())  # "max": no limit
+            free = min(free, limit - int(Path(folder, used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return max(0, free)
+
+
+def _host_bytes() -> int:
+    """Pinned memory for activations: it cannot be swapped, so much is left to others."""
+    return _free_host_bytes() // 2
+
+
+def _sizes(most: int) -> list[int]:
+    """Micro-batches to choose from, ascending: 1, 2, 3, 4, 6, 8, 12, ... and `most`."""
+    steps = {n << k for n in (1, 3) for k in range(most.bit_length())}
+    return sorted({n for n in steps if n < most} | {most})
+
+
+def _largest_parts(prediction: Prediction) -> str:
+    phase = max(prediction.peaks, key=prediction.peaks.get)
+    parts = sorted(prediction.phases[phase].items(), key=lambda item: -item[1])[:3]
+    return f"{phase}: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
