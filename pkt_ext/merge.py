@@ -113,6 +113,11 @@ def _write_model(
 ) -> dict:  # fmt: skip
     start = time.perf_counter()
     checkpoint = Checkpoint.open(student, revision=revision)
+    if checkpoint.quantisation:
+        raise InputError(
+            f"{checkpoint.name}: its weights are quantised ({checkpoint.quantisation}), a sum would "
+            "be rounded to that; merge into the unquantised checkpoint that it was made from"
+        )
     skeleton = checkpoint.skeleton(torch.float32)
     check_fit(skeleton, factors, tied_ok=True)
     if checkpoint.folder and Path(out).resolve() == checkpoint.folder.resolve():

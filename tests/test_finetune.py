@@ -221,7 +221,6 @@ def test_families(family, tmp_path):
 
 def test_a_student_in_four_bits(tmp_path):
     """Trains beside weights kept in NF4; what it leaves is for the student as stored."""
-    pytest.importorskip("bitsandbytes")
     shop = make_shop(tmp_path, "llama_gqa", hidden=64, ffn=128)  # NF4 scales groups of 64
     config = replace(QUICK, load_in_4bit=True, max_steps=20)
     report = run(shop, tmp_path / "out", config=config)

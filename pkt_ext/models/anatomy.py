@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from pkt_ext.errors import InputError
+from pkt_ext.models import quantisation
 
 SUPPORTED = {  # configuration's model_type -> what people call it
     "llama": "Llama 2/3",
@@ -136,13 +137,15 @@ def check_config(config) -> None:
         InputError: what it is, and what is supported.
     """
     reason = _unsupported(config)
+    where = f"{config.name_or_path}: " if getattr(config, "name_or_path", "") else ""
     if reason:
         kind = getattr(config, "model_type", None) or type(config).__name__
-        where = f"{config.name_or_path}: " if getattr(config, "name_or_path", "") else ""
         known = ", ".join(SUPPORTED.values())
         raise InputError(
             f"{where}model type {kind!r}: {reason}; supported are dense decoders: {known}"
         )
+    if reason := quantisation.refusal(config):
+        raise InputError(f"{where}{reason}")
 
 
 def describe(model: PreTrainedModel) -> Anatomy:
@@ -210,7 +213,6 @@ def _unsupported(config) -> str | None:
     """Why this configuration is refused, in words; None when it is not."""
     settings = {k: v for k, v in config.to_dict().items() if v}
     kinds = " ".join(map(str, settings.get("layer_types") or ()))
-    quantisation = settings.get("quantization_config") or {}
     if settings.get("is_encoder_decoder"):
         return "an encoder-decoder"
     if any("expert" in k and isinstance(v, int) and v > 1 for k, v in settings.items()):
@@ -225,9 +227,6 @@ def _unsupported(config) -> str | None:
         return "its attention is bidirectional"
     if settings.get("add_cross_attention"):
         return "it has cross-attention"
-    method = quantisation.get("quant_method")
-    if method and str(method) not in ("bitsandbytes", "QuantizationMethod.BITS_AND_BYTES"):
-        return f"its weights are quantised ({method}); use the unquantised checkpoint"
     if config.model_type not in SUPPORTED:
         if "text_config" in settings:
             return "a multimodal model; pass its folder or hub id, the text model inside is used"

@@ -8,7 +8,6 @@ parameter must be matched exactly once. Only the text model of a multimodal chec
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import re
 import time
@@ -21,19 +20,22 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pkt_ext.errors import InputError
 from pkt_ext.models.anatomy import check_config
+from pkt_ext.models.quantisation import KEYS, refusal, settings_of
 from pkt_ext.streaming.files import (
+    Files,
     Stored,
     first_line,
     listed,
     populate,
     read_config,
     read_headers,
-    reading,
 )
 from pkt_ext.streaming.hub import fetch_header, resolve, small_files
+from pkt_ext.streaming.quantised import bitsandbytes, dequantise, fit, gather, kind_of
 
 # Buffers that old checkpoints carry: transformers ignores the first two in every model, the third
 # (a causal mask's fill value) in GPT-NeoX only, though GPT-2 files have it too.
@@ -49,6 +51,8 @@ class Checkpoint:
         name: the folder, Hub id or model name as given.
         config: the (text) model's configuration.
         folder: the local folder with its files; None for a loaded model.
+        quantisation: how its matrices are quantised; None where they are not. `load` gives
+            dequantised ones.
         disk_seconds: time spent so far in having pages read.
     """
 
@@ -62,11 +66,6 @@ class Checkpoint:
         remote: bool = False,
     ):
         """Use `open`."""
-        if quantisation := config.to_dict().get("quantization_config"):
-            method = quantisation.get("quant_method", "by an unknown method")
-            raise InputError(
-                f"{name}: its weights are quantised ({method}); use the unquantised checkpoint"
-            )
         self.name, self.folder, self._model, self._outer = name, folder, model, None
         self._remote = remote
         self.config = copy.deepcopy(config)
@@ -74,12 +73,24 @@ class Checkpoint:
             self._outer, self.config = config, copy.deepcopy(config.get_text_config(decoder=True))
             # the outer model does the tying, whatever its text configuration says
             self.config.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
+        for key in KEYS:
+            vars(self.config).pop(key, None)  # what is loaded is dequantised
         check_config(self.config)
+        if reason := refusal(config):
+            raise InputError(f"{name}: {reason}")
+        settings = settings_of(config)
         if model is not None:
-            self._stored = _of_model(model)
+            self._stored = _of_model(model, bool(settings))
         else:
             fetch = partial(fetch_header, name, folder) if remote else None
             self._stored = read_headers(folder, name, fetch)
+        self.quantisation = None
+        if settings:
+            self._stored = gather(self._stored)
+            self.quantisation = kind_of(self._stored)
+        self._compute_dtype = None
+        if self.quantisation and self.quantisation.bits == 4:
+            self._compute_dtype = settings.get("bnb_4bit_compute_dtype")
         self._names: dict[str, Stored] = {}
         self.disk_seconds = 0.0
 
@@ -95,7 +106,8 @@ class Checkpoint:
 
         Args:
             headers_only: of a Hub id, fetch the configuration and the headers of weights that are
-                not cached, no more: enough for everything but `load` and `rows`.
+                not cached, no more: enough for everything but `load` and `rows`. Of a quantised
+                checkpoint, do without the library that dequantises.
         Raises:
             InputError: nothing there, no safetensors, damaged files, an architecture that is not
                 supported; the message says what to do.
@@ -113,20 +125,32 @@ class Checkpoint:
             return cls(name, source.config, model=source)
         remote = headers_only and not Path(source).expanduser().is_dir()
         folder = resolve(source, revision, weights=None if remote else "safetensors")
-        return cls(str(source), read_config(folder, str(source)), folder=folder, remote=remote)
+        config = read_config(folder, str(source))
+        checkpoint = cls(str(source), config, folder=folder, remote=remote)
+        if checkpoint.quantisation and not headers_only:
+            bitsandbytes()  # missing: say so before any work
+        return checkpoint
 
     @property
     def dtype(self) -> torch.dtype:
         """The checkpoint's floating-point dtype: its configuration's, else its tensors'.
 
+        Of one quantised to 4 bits, the dtype that it is to be computed in.
+
         Raises:
             InputError: the configuration names a dtype that is none.
         """
-        if self._model is not None:
+        if self._model is not None and self.quantisation is None:
             return self._model.dtype
-        dtype = self.config.dtype or (self._outer is not None and self._outer.dtype) or None
+        dtype = (
+            self._compute_dtype
+            or self.config.dtype
+            or (self._outer is not None and self._outer.dtype)
+            or None
+        )
         if dtype is None:
-            dtype = Counter(s.dtype for s in self._stored.values()).most_common(1)[0][0]
+            plain = [s.dtype for s in self._stored.values() if s.packed is None]
+            dtype = Counter(plain).most_common(1)[0][0]
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         if not dtype.is_floating_point or dtype.itemsize < 2:
             name = str(dtype).removeprefix("torch.")
@@ -179,7 +203,7 @@ class Checkpoint:
         """
         expected = dict(model.named_parameters(remove_duplicate=False))
         matched: dict[str, Stored] = {}
-        unexpected = []
+        unexpected, packed = [], []
         for name, stored in self._renamed(model):
             if name not in expected:
                 unexpected.append(stored.key)
@@ -188,19 +212,27 @@ class Checkpoint:
                     f"{self.name}: both {matched[name].key} and {stored.key} are {name}; "
                     "remove one of them"
                 )
-            elif stored.shape != tuple(expected[name].shape):
-                raise InputError(
-                    f"{stored.file or self.name}: {stored.key} is {list(stored.shape)}, the "
-                    f"configuration says {list(expected[name].shape)}; they are of different models"
-                )
+            elif stored.packed is not None:
+                packed.append(name)
+                matched[name] = stored
             elif stored.dtype not in _PLAIN:
                 kind = str(stored.dtype).removeprefix("torch.")
                 raise InputError(
                     f"{stored.file or self.name}: {stored.key} is stored as {kind}, and no "
                     "quantization_config says how; use the unquantised checkpoint"
                 )
+            elif stored.shape != tuple(expected[name].shape):
+                raise InputError(
+                    f"{stored.file or self.name}: {stored.key} is {list(stored.shape)}, the "
+                    f"configuration says {list(expected[name].shape)}; they are of different models"
+                )
             else:
                 matched[name] = stored
+        with Files() as files:
+            for name in packed:
+                transposed = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+                shape = tuple(expected[name].shape)
+                matched[name] = fit(matched[name], shape, transposed, files)
         groups: dict[int, list[str]] = {}
         for name, parameter in expected.items():
             groups.setdefault(id(parameter), []).append(name)
@@ -254,18 +286,11 @@ class Checkpoint:
             InputError: the file vanished, changed or was damaged since it was opened.
             RuntimeError: only headers were fetched.
         """
-        found = {name: self._find(name) for name in names}
-        result = {}
         # one mapping per call, gone with its tensors: memory and file handles follow the caller
-        for file in dict.fromkeys(s.file for s in found.values()):
-            inside = {name: stored for name, stored in found.items() if stored.file == file}
-            with _source(next(iter(inside.values()))) as handle:
-                for name, stored in inside.items():
-                    tensor = stored.tensor if file is None else handle.get_tensor(stored.key)
-                    if not self.is_mapped(name, dtype, device):
-                        self._bring(tensor, file)
-                    result[name] = (move(tensor) if move else tensor.to(device)).to(dtype)
-        return {name: result[name] for name in found}
+        with Files() as files:
+            return {
+                name: self._read(files, self._find(name), dtype, device, move) for name in names
+            }
 
     def rows(
         self,
@@ -294,8 +319,10 @@ class Checkpoint:
         if len(stored.shape) != 2:
             raise ValueError(f"{name} is {list(stored.shape)}, not a matrix")
         index = _row_numbers(index, stored.shape[0], name)
-        with _source(stored) as handle:
-            tensor = stored.tensor if stored.file is None else handle.get_tensor(stored.key)
+        with Files() as files:
+            if stored.packed is not None:
+                return self._read(files, stored, dtype, device, move, index)
+            tensor = files.tensor(stored)
             if isinstance(index, slice):
                 tensor = tensor[index]
                 self._bring(tensor, stored.file)
@@ -312,11 +339,7 @@ class Checkpoint:
 
         So it is with page cache (CPU, the stored dtype) and with a loaded model's own tensor.
         """
-        stored, device = self._find(name), torch.device(device)
-        if stored.dtype != dtype:
-            return False
-        held = torch.device("cpu") if stored.tensor is None else stored.tensor.device
-        return held.type == device.type and device.index in (None, held.index)
+        return _in_place(self._find(name), dtype, torch.device(device))
 
     def populate(self, tensors: dict[str, torch.Tensor]) -> None:
         """Bring in the pages of what `load` gave in mappings, so that none fails when used.
@@ -327,6 +350,21 @@ class Checkpoint:
         for name, tensor in tensors.items():
             if self.is_mapped(name, tensor.dtype, tensor.device):
                 self._bring(tensor, self._find(name).file)
+
+    def _read(
+        self, files: Files, stored: Stored, dtype: torch.dtype, device, move, index=None
+    ) -> torch.Tensor:
+        """A parameter, dequantised where need be; of a quantised one, these rows."""
+        parts = {"": stored} if stored.packed is None else stored.packed.tensors
+        tensors = {}
+        for name, part in parts.items():
+            tensor = files.tensor(part)
+            if stored.packed is not None or not _in_place(stored, dtype, device):
+                self._bring(tensor, part.file)
+            tensors[name] = move(tensor) if move else tensor.to(device)
+        if stored.packed is None:
+            return tensors[""].to(dtype)
+        return dequantise(stored.packed, tensors, stored.shape, dtype, index)
 
     def _bring(self, tensor: torch.Tensor, file: Path | None) -> None:
         """Have the pages of a mapping read before torch touches them; a model's are there."""
@@ -391,22 +429,22 @@ class Checkpoint:
     def _equal(self, one: Stored, two: Stored) -> bool:
         if one.remote or two.remote:
             return True
-        if one.file is None:
-            same = one.tensor.data_ptr() == two.tensor.data_ptr()
-            return same or torch.equal(one.tensor, two.tensor)
-        with _source(one) as first, _source(two) as second:
-            return torch.equal(first.get_tensor(one.key), second.get_tensor(two.key))
+        with Files() as files:
+            first, second = (
+                self._read(
+                    files, stored, self.dtype if stored.packed else stored.dtype, "cpu", None
+                )
+                for stored in (one, two)
+            )
+        return first.data_ptr() == second.data_ptr() or torch.equal(first, second)
 
 
-def _source(stored: Stored):
-    """The open file in which the tensor lies; None in a loaded model."""
-    if stored.file is None:
-        return contextlib.nullcontext()
-    if stored.remote:
-        raise RuntimeError(
-            f"{stored.file}: only headers were fetched; open it without headers_only"
-        )
-    return reading(stored.file, stored.stamp)
+def _in_place(stored: Stored, dtype: torch.dtype, device: torch.device | str) -> bool:
+    """Whether a parameter can be used where it is stored, mapped or in a loaded model."""
+    device = torch.device(device)
+    held = torch.device("cpu") if stored.tensor is None else stored.tensor.device
+    there = held.type == device.type and device.index in (None, held.index)
+    return there and stored.packed is None and stored.dtype == dtype
 
 
 def _row_numbers(index: slice | torch.Tensor, count: int, name: str) -> slice | torch.Tensor:
@@ -459,13 +497,17 @@ def _text_names(outer: PreTrainedModel, model: PreTrainedModel) -> dict[str, str
     return names
 
 
-def _of_model(model: PreTrainedModel) -> dict[str, Stored]:
+def _of_model(model: PreTrainedModel, quantised: bool) -> dict[str, Stored]:
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    if quantised:  # what lies beside its weights is in no parameter, but where it would be saved
+        buffers = {name for name, _ in model.named_buffers()}
+        tensors |= {n: t for n, t in model.state_dict().items() if n not in buffers}
     found = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter.is_meta:
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
             raise InputError(
                 f"{model.name_or_path}: {name} is offloaded; pass the checkpoint's folder instead"
             )
-        tensor = parameter.detach()
+        tensor = tensor.detach()
         found[name] = Stored(name, tuple(tensor.shape), tensor.dtype, tensor=tensor)
     return found

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -24,6 +25,10 @@ from safetensors import SafetensorError, safe_open
 
 from pkt_ext.errors import InputError
 from pkt_ext.models.anatomy import check_config
+from pkt_ext.models.quantisation import gguf
+
+if TYPE_CHECKING:
+    from pkt_ext.streaming.quantised import Packed
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {  # by the name safetensors has for them
@@ -53,9 +58,12 @@ class Stored:
     tensor: torch.Tensor | None = None
     stamp: tuple[int, int] | None = None  # the file's size and time of change when opened
     remote: bool = False  # only the header was fetched
+    packed: Packed | None = None  # how it is quantised, if it is
 
     @property
     def bytes(self) -> int:
+        if self.packed is not None:
+            return self.packed.bytes
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -63,6 +71,8 @@ def read_config(folder: Path, name: str):
     """The folder's configuration, by transformers' own classes."""
     path = folder / "config.json"
     if not path.is_file():
+        if _is_gguf(folder, name):
+            raise InputError(gguf(name))
         hint = "pass the folder that holds config.json and the model's safetensors"
         if (folder / "adapter_config.json").is_file() or (folder / "run.json").is_file():
             hint = "this looks like an adapter: pass the model, or make one with pkt merge"
@@ -130,6 +140,8 @@ def read_headers(
 
 def no_safetensors(folder: Path, name: str) -> InputError:
     """The error that says what to do about a checkpoint without safetensors."""
+    if _is_gguf(folder, name):
+        return InputError(gguf(name))
     command = f"pkt convert {name} {Path(name).name}-safetensors"
     if any(folder.glob("pytorch_model*.bin*")):
         return InputError(f"{name}: only a .bin checkpoint, which is not read; run: {command}")
@@ -137,6 +149,11 @@ def no_safetensors(folder: Path, name: str) -> InputError:
     if not Path(name).is_dir():
         hint = f"where the repository has .bin files only, run: {command}"
     return InputError(f"{name}: no {SINGLE} and no {INDEX}; {hint}")
+
+
+def _is_gguf(folder: Path, name: str) -> bool:
+    """Whether a checkpoint without safetensors is one of GGUF files; on the Hub, by its name."""
+    return any(folder.glob("*.gguf")) or (not Path(name).is_dir() and "gguf" in name.lower())
 
 
 def _read_header(path: Path) -> Iterable[Stored]:
@@ -175,25 +192,59 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def reading(path: Path, stamp: tuple[int, int] | None = None):
-    """An open safetensors file; what goes wrong names the file.
+def reading(path: Path):
+    """An open safetensors file; what goes wrong names the file."""
+    with _named(path), safe_open(path, framework="pt") as handle:
+        yield handle
 
-    Args:
-        stamp: its size and time of change when its header was read; another file is refused.
-    """
-    if stamp is not None and (now := _stamp(path)) != stamp:
-        sizes = f"{stamp[0]} bytes then, {now[0]} now" if now[0] != stamp[0] else "same size"
-        raise InputError(
-            f"{path}: changed since this run opened it ({sizes}); leave it alone while it is "
-            "used, and start again"
-        )
+
+@contextlib.contextmanager
+def _named(path: Path):
     try:
-        with safe_open(path, framework="pt") as handle:
-            yield handle
+        yield
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{path}: truncated or corrupt safetensors ({error}); download or copy it again"
         ) from error
+
+
+class Files:
+    """Safetensors files, each opened when something of it is first asked for; a context."""
+
+    def __init__(self):
+        self._open: dict[Path, object] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Files:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._stack.close()
+
+    def tensor(self, stored: Stored) -> torch.Tensor:
+        """A mapping of the file, alive after this context too, or the loaded model's own tensor.
+
+        Raises:
+            InputError: the file vanished, changed since its header was read, or is damaged.
+            RuntimeError: only its header was fetched.
+        """
+        path = stored.file
+        if stored.tensor is not None:
+            return stored.tensor
+        if stored.remote:
+            raise RuntimeError(f"{path}: only headers were fetched; open it without headers_only")
+        if path not in self._open:
+            if (now := _stamp(path)) != stored.stamp:
+                then = stored.stamp[0]
+                sizes = f"{then} bytes then, {now[0]} now" if now[0] != then else "same size"
+                raise InputError(
+                    f"{path}: changed since this run opened it ({sizes}); leave it alone while it "
+                    "is used, and start again"
+                )
+            with _named(path):
+                self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
+        with _named(path):
+            return self._open[path].get_tensor(stored.key)
 
 
 _WILLNEED, _POPULATE_READ = 3, 22  # Linux numbers; the second since 5.14

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from pkt_ext.errors import InputError
+from pkt_ext.models.quantisation import gguf
 from pkt_ext.streaming.files import (
     DTYPES,
     INDEX,
@@ -44,6 +45,8 @@ def resolve(
             raise InputError(f"{source} is a folder; a revision applies to Hub ids only")
         return folder
     if folder.exists():
+        if folder.suffix == ".gguf":
+            raise InputError(gguf(str(source)))
         raise InputError(f"{source} is a file; pass the folder that holds config.json")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith("."):
         raise InputError(f"{source}: no such folder; pass a checkpoint's folder or a Hub id")

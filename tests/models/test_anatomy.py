@@ -256,9 +256,13 @@ def test_other_families_are_refused_by_name(kind, words):
 @pytest.mark.parametrize(
     "family, settings, words",
     [
-        ("llama", dict(quantization_config=dict(quant_method="gptq", bits=4)), "quantised .gptq"),
-        ("llama", dict(quantization_config=dict(quant_method="awq", bits=4)), "quantised .awq"),
-        ("llama", dict(quantization_config=dict(quant_method="fp8")), "quantised .fp8"),
+        (
+            "llama",
+            dict(quantization_config=dict(quant_method="gptq", bits=4)),
+            "quantised with GPTQ",
+        ),
+        ("llama", dict(quantization_config=dict(quant_method="awq", bits=4)), "quantised with AWQ"),
+        ("llama", dict(quantization_config=dict(quant_method="fp8")), "quantised with FP8"),
         ("gemma3", dict(use_bidirectional_attention=True), "attention is bidirectional"),
         ("gpt2", dict(add_cross_attention=True), "cross-attention"),
     ],
