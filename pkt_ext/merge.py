@@ -115,8 +115,8 @@ def _write_model(
     checkpoint = Checkpoint.open(student, revision=revision)
     if checkpoint.quantisation:
         raise InputError(
-            f"{checkpoint.name}: its weights are quantised ({checkpoint.quantisation}), a sum would "
-            "be rounded to that; merge into the unquantised checkpoint that it was made from"
+            f"{checkpoint.name}: its weights are quantised ({checkpoint.quantisation}), and a sum "
+            "would be again; merge into the unquantised checkpoint that it was made from"
         )
     skeleton = checkpoint.skeleton(torch.float32)
     check_fit(skeleton, factors, tied_ok=True)
