@@ -165,6 +165,21 @@ def _decompose(matrix, rank, tol, mode, seed, reporting, powers):
     return u, s, vh, report
 
 
+def workspace_bytes(
+    shape: tuple[int, int], rank: int, *, mode: Mode, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes that one matrix [M, N] takes on its way to factors, beside itself and them.
+
+    Where the iteration does not converge and the full SVD is taken after all, it takes more.
+    """
+    plan = _plan(rank, mode == "fast", device.type == "cuda")
+    small, large = sorted(shape)
+    if mode == "exact" or small <= max(_SMALL, 8 * plan.widest):
+        # float32 copies for and by LAPACK's gesdd, both factors, and its own work
+        return 4 * (3 * small * large + 5 * small * small)
+    return bytes_needed(shape, plan, 8 if dtype == torch.float64 else 4)
+
+
 def _together(matrix: torch.Tensor, plan: Plan) -> int:
     """How many matrices go at once: on a GPU what 4 GB of bases allow. On the CPU one, whose bases
     stay in the cache; together they are no faster there."""

@@ -65,6 +65,13 @@ def _search(score: torch.Tensor, height: int, width: int) -> MaxWindow:
     return found
 
 
+def workspace_bytes(shape: tuple[int, int], height: int, width: int, device: torch.device) -> int:
+    """Bytes that `max_window` works in for one float32 score [N, D]."""
+    score = torch.empty(1, *shape)  # looked at for its shape only: never touched, so never there
+    values = _backend._C.max_window_workspace(score, height, width)
+    return 8 * values * (2 if device.type == "cuda" else 1)  # a GPU cuts it into twice the chunks
+
+
 def max_window_reference(score: torch.Tensor, height: int, width: int) -> MaxWindow:
     """Plain torch: float64 running sums down, then right (the sliding difference)."""
     values = score.double()
