@@ -10,6 +10,7 @@ import huggingface_hub
 import model_zoo
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import save_file
 
 from pkt_ext.errors import InputError
@@ -143,6 +144,25 @@ def test_headers_only(shards, serve, tmp_path):
     assert checkpoint.tokenizer()("ab").input_ids == local.tokenizer()("ab").input_ids
     assert hub.bytes_of(".safetensors") <= shards * RANGE
     assert list(Checkpoint.open(folder, headers_only=True).skeleton(torch.float32).parameters())
+
+
+def test_headers_of_a_quantised_checkpoint(serve, tmp_path):
+    """Its matrices' own shapes are in no header: the configuration's are taken."""
+    plain = model_zoo.save(model_zoo.build("llama_gqa", **SIZES), tmp_path / "plain")
+    settings = hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
+    model = hf.AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=settings, device_map={"": "cpu"}
+    )
+    folder = model_zoo.save(model, tmp_path / "model")
+    hub = serve(folder)
+    checkpoint = Checkpoint.open("someone/model", headers_only=True)
+    names = [name for name, _ in checkpoint.skeleton(torch.float32).named_parameters()]
+    local = Checkpoint.open(folder)
+    local.skeleton(torch.float32)
+    assert [checkpoint.shape(name) for name in names] == [local.shape(name) for name in names]
+    assert checkpoint.bytes_of(names) == local.bytes_of(names)
+    assert checkpoint.quantisation == local.quantisation and checkpoint.quantisation.double
+    assert hub.bytes_of(".safetensors") <= RANGE
 
 
 def test_long_header_takes_a_second_request(serve, tmp_path):

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from pkt_ext.attribution.sensitivity import sensitivity
 from pkt_ext.errors import InputError
+from pkt_ext.merge import residual_model
+from pkt_ext.methods.seeking import SeekingConfig, extract
 from pkt_ext.streaming import quantised
 from pkt_ext.streaming.checkpoint import Checkpoint
 
@@ -142,6 +144,28 @@ def test_sensitivities_are_those_of_the_dequantised_weights(made, tmp_path):
     assert found.keys() == expected.keys()
     for name, scores in expected.items():
         assert torch.equal(found[name], scores), name
+
+
+def test_seeking_from_a_quantised_teacher_for_a_quantised_student(made, tmp_path):
+    """What is cut is cut from the dequantised weights; of the student only the shapes are read."""
+    _, model, folder = made
+    checkpoint = Checkpoint.open(folder)
+    plain = hf.AutoModelForCausalLM.from_config(checkpoint.config, dtype=checkpoint.dtype)
+    plain.load_state_dict(dequantised(model))
+    model_zoo.save(plain, tmp_path / "teacher")
+    student = model_zoo.save(model_zoo.build("llama_gqa", layers=1), tmp_path / "student")
+    four = model_zoo.save(quantise(student, "nf4"), tmp_path / "four")
+    rows = [{"prompt": "What is it?", "completion": " It is this."}]
+    for name, teacher, target in (
+        ("a", folder, four),
+        ("b", tmp_path / "teacher", student),
+    ):
+        extract(teacher, target, rows, tmp_path / name, SeekingConfig(rank=4))
+    files = [tmp_path / name / "start" / "adapter_model.safetensors" for name in ("a", "b")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    words = r"four: its weights are quantised \(bitsandbytes nf4\).*merge into the unquantised"
+    with pytest.raises(InputError, match=words):
+        residual_model(four, tmp_path / "a", tmp_path / "merged")
 
 
 def test_parts_in_different_files(tmp_path):
