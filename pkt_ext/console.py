@@ -3,6 +3,9 @@
 
 Exit codes: 0 done, 1 a fault of ours, 2 bad input, 73 output busy, 75 out of disk or memory,
 130 and 143 stopped by SIGINT and SIGTERM.
+
+Of several processes that a launcher started, the first one speaks; another only of an error that it
+alone has met.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import warnings
 
 import typer
 
-from pkt_ext.errors import PktError, ResourceError
+from pkt_ext.errors import InputError, PktError, ResourceError
+from pkt_ext.settings import launched_as
 
 
 def settle_environment() -> None:
@@ -40,6 +44,7 @@ def run(app: typer.Typer, argv: list[str]) -> int:
     except BaseException as error:
         code, message = _explain(error)
         message = "; ".join([message, *_notes(error)]) if message else message
+        message = _of_process(error, message)
         if debug and message:
             traceback.print_exception(error)
         if message:
@@ -67,7 +72,7 @@ def _stop(number: int, _) -> None:
 def _quieten(switches: set[str]) -> None:
     """Our log goes to stderr; other libraries' notices only with -v."""
     verbose = not switches.isdisjoint({"-v", "--verbose"})
-    quiet = not switches.isdisjoint({"-q", "--quiet"})
+    quiet = not switches.isdisjoint({"-q", "--quiet"}) or not is_main()
     level = logging.DEBUG if verbose else logging.ERROR if quiet else logging.INFO
     others = logging.WARNING if verbose else logging.ERROR
     logging.basicConfig(level=others, format="%(message)s", stream=sys.stderr, force=True)
@@ -102,6 +107,32 @@ _progress = {"show": True}
 def progress() -> bool:
     """Whether progress is to be shown: not after -q."""
     return _progress["show"]
+
+
+def is_main() -> bool:
+    """Whether this process is the only one, or the first, of its command."""
+    return _rank() == 0
+
+
+def say(text: str) -> None:
+    """Print what a command has done; once, however many processes did it."""
+    if is_main():
+        typer.echo(text)
+
+
+def _rank() -> int:
+    try:
+        return launched_as().rank
+    except InputError:  # each process says what is wrong with its environment
+        return 0
+
+
+def _of_process(error: BaseException, message: str) -> str:
+    """The message if this process is to report it, else nothing; see `streaming.ranks`."""
+    reporter = getattr(error, "reported_by", 0)
+    if not message or reporter != _rank():
+        return ""
+    return f"process {reporter}: {message}" if reporter else message
 
 
 def _notes(error: BaseException | None) -> list[str]:

@@ -33,7 +33,7 @@ from pkt_ext.adapter import (
 )
 from pkt_ext.errors import InputError, ResourceError
 from pkt_ext.models.anatomy import describe
-from pkt_ext.settings import DTYPES, check_choices, find_device
+from pkt_ext.settings import DTYPES, check_choices, find_device, refuse_processes
 from pkt_ext.streaming.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -131,11 +131,9 @@ def finetune(
         ResourceError: disk full, or memory short with one row at a time.
     """
     config = config or FinetuneConfig()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "pkt finetune runs in one process; under torchrun use lora.attach with a Trainer "
-            "(docs/training.md)"
-        )
+    refuse_processes(
+        "pkt finetune", "under torchrun use lora.attach with a Trainer (docs/training.md)"
+    )
     start = time.perf_counter()
     device = _device(config.device)
     factors, given, source_run, frozen = _read(adapter)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Iterable
@@ -112,6 +113,46 @@ def find_device(name: str):
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"device {name!r} is not supported; use --device cpu, cuda or auto")
     return device
+
+
+class Launch(typing.NamedTuple):
+    """This process among those that a launcher started for one job."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0  # on its machine
+    local_size: int = 1
+
+
+def launched_as() -> Launch:
+    """What torchrun and `accelerate launch` say in the environment.
+
+    Raises:
+        InputError: they say nonsense.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    try:
+        if (size := int(os.environ.get("WORLD_SIZE", "1"))) <= 1:
+            return Launch()
+        rank = int(os.environ["RANK"])
+        local = int(os.environ.get("LOCAL_RANK", rank))
+        return Launch(rank, size, local, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    except (KeyError, ValueError) as error:
+        said = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+        raise InputError(
+            f"the environment announces several processes, but incompletely ({said}); start them "
+            "with torchrun, or unset WORLD_SIZE"
+        ) from error
+
+
+def refuse_processes(command: str, instead: str) -> None:
+    """For a command that runs in one process.
+
+    Raises:
+        InputError: a launcher started several.
+    """
+    if launched_as().size > 1:
+        raise InputError(f"{command} runs in one process; {instead}")
 
 
 def _typed(name: str, value, hint):

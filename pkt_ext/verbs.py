@@ -9,9 +9,17 @@ from pathlib import Path
 
 import typer
 
-from pkt_ext.console import progress
+from pkt_ext.console import progress, say
 from pkt_ext.errors import InputError, OutputBusyError
-from pkt_ext.settings import DTYPES, build_config, check_keys, field_names, take, take_flag
+from pkt_ext.settings import (
+    DTYPES,
+    build_config,
+    check_keys,
+    field_names,
+    refuse_processes,
+    take,
+    take_flag,
+)
 
 
 def seeking(settings: dict) -> None:
@@ -34,7 +42,7 @@ def seeking(settings: dict) -> None:
     blocks = ", ".join(map(str, report["blocks"]))
     seconds = sum(report["seconds"].values())
     peak = report["memory"]["peak_bytes"] / 2**30
-    typer.echo(
+    say(
         f"{out}: {len(report['windows'])} windows from teacher blocks {blocks}, {seconds:.1f} s, "
         f"at most {peak:.2f} GiB, bound by {report['bottleneck']}"
     )
@@ -65,6 +73,7 @@ def finetune(settings: dict) -> None:
 
 def merge(settings: dict) -> None:
     """`pkt merge` with its options as a mapping."""
+    refuse_processes("pkt merge", "start it without a launcher")
     student, adapter, out = take(settings, "student", "adapter", "out")
     import torch
 
@@ -123,6 +132,7 @@ STAGES = {
 
 def transfer(recipe: dict, overwrite: bool = False) -> None:
     """`pkt transfer` with its recipe as a mapping."""
+    refuse_processes("pkt transfer", "start pkt seeking alone with the launcher")
     from pkt_ext import artifact
 
     method = recipe.pop("method", "seeking")

@@ -347,6 +347,7 @@ def test_bad_input(shop, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"pip install 'pkt_ext\[quant\]'"):
         run(shop, out, config=replace(QUICK, load_in_4bit=True))
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
     with pytest.raises(InputError, match="one process"):
         run(shop, out)
     assert not out.exists()
