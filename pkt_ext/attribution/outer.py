@@ -67,6 +67,8 @@ def score_outer(
     _score_head(run, head, wanted, full)
     if on_outer is None:
         return
+    for found in {id(found): found for found in (embedding, head)}.values():
+        run.world.sum_(found.cols, found.total)
     for name, parameter, found in (
         ("embedding", stream.embedding_name, embedding),
         ("head", stream.head_name, head),

@@ -34,6 +34,7 @@ from pkt_ext.streaming.checkpoint import Checkpoint
 from pkt_ext.streaming.meter import PassReport
 from pkt_ext.streaming.passes import Pass, Visitor
 from pkt_ext.streaming.progress import Progress
+from pkt_ext.streaming.ranks import ALONE, World
 
 __all__ = ["BlockScores", "OuterScores", "PassReport", "sensitivity", "stream_sensitivity"]
 
@@ -59,11 +60,13 @@ def stream_sensitivity(
     on_outer: Callable[[OuterScores], None] | None = None,
     tokens: torch.Tensor | None = None,
     progress: Progress | None = None,
+    world: World = ALONE,
     show: bool = True,
 ) -> PassReport:
     """Score every parameter of a model, one block resident at a time.
 
     Args:
+        samples:     those of this process; the scores are sums over the samples of all.
         allotment:   how memory is shared out; its micro_batch is the number of samples run at once.
                      The scores depend on it by rounding only.
         on_block:    given each block's scores, the last block first.
@@ -72,14 +75,18 @@ def stream_sensitivity(
                      matrix comes twice, each time with both uses summed before the |.|.
         tokens:      int64 [K]: rows of embedding and head that count; None is all of them.
         progress:    of an interrupted run, to go on from and to add to.
+        world:       the processes that share the samples; each calls this and is given all scores.
         show:        show a bar over the blocks.
+    Returns:
+        What this process's pass has cost.
     Raises:
         NonFiniteError: NaN or infinity anywhere, by block, parameter and sample.
         InputError: bad samples; a parameter that no gradient reaches.
         ResourceError: no disk space for the activations.
+        PktError: what another process has raised.
     """
     batches = model.batches(samples, allotment.micro_batch)
-    scorer = _BlockScorer(model, on_block, on_restored)
+    scorer = _BlockScorer(model, on_block, on_restored, world)
     with Pass(
         model,
         batches,
@@ -87,6 +94,7 @@ def stream_sensitivity(
         allotment=allotment,
         keep_rows=on_outer is not None,
         progress=progress,
+        world=world,
         show=show,
     ) as run:
         run.run()
@@ -149,8 +157,10 @@ class _BlockScorer(Visitor):
         stream: StreamedModel,
         on_block: Callable[[BlockScores], None],
         on_restored: Callable[[int], None] = lambda index: None,
+        world: World = ALONE,
     ):
         self.stream, self.on_block, self.restored = stream, on_block, on_restored
+        self.world = world
         self.last: dict[str, torch.Tensor] = {}
 
     def loaded(self, index: int, block: nn.Module, scale: float) -> None:
@@ -187,7 +197,7 @@ class _BlockScorer(Visitor):
         self._check(index, batch)
 
     def finished(self, index: int, block: nn.Module) -> None:
-        """Check and hand over the block's scores."""
+        """Add up, check and hand over the block's scores."""
         path = self.stream.anatomy.blocks[index]
         names = self.stream.block_names[index]
         if missing := [n for n in self._scores if n not in self._reached]:
@@ -200,10 +210,14 @@ class _BlockScorer(Visitor):
             for name, score in self._scores.items():
                 score.mul_(1 / self._scale)
                 self._totals[name].scale_(1 / self._scale)
-        flags = torch.stack([s.nonfinite for s in sums]).tolist()
-        totals = dict(zip(self._totals, torch.stack([s.total for s in sums]).tolist(), strict=True))
-        for name, flag in zip(totals, flags, strict=True):
-            if flag:
+        own = (torch.stack([s.total for s in sums]), torch.stack([s.nonfinite for s in sums]))
+        found = self.world.gather([tensor.tolist() for tensor in own])
+        # which blocks are kept hangs on the totals: equal bits for every process
+        each = [math.fsum(parts) for parts in zip(*(totals for totals, _ in found), strict=True)]
+        totals = dict(zip(self._totals, each, strict=True))
+        self.world.sum_(*self._scores.values())
+        for name, *flags in zip(totals, *(flags for _, flags in found), strict=True):
+            if any(flags):
                 # every gradient was finite: a weight is not, or a score has left fp32's range
                 what = f"scores of parameter {name}"
                 raise self.stream.not_finite(None, path, names, what)

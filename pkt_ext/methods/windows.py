@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +21,7 @@ from pkt_ext.methods.pairing import Plan, Strongest
 from pkt_ext.models.anatomy import Projection
 from pkt_ext.streaming.meter import resident_bytes
 from pkt_ext.streaming.progress import Progress
+from pkt_ext.streaming.ranks import ALONE, World
 
 
 class Clock:
@@ -48,6 +50,7 @@ class Cutter:
         clock: books "windows" and "factors".
         rank, mode, seed: of `ops.lora_factors`.
         progress: what is cut is written there, and found there again; None: in memory only.
+        world: the processes that share the cutting; the first one has all of it.
     """
 
     def __init__(
@@ -59,7 +62,9 @@ class Cutter:
         mode: str,
         seed: int,
         progress: Progress | None = None,
+        world: World = ALONE,
     ):
+        self.world = world
         self.plan, self.tokens, self.clock, self.progress = plan, tokens, clock, progress
         self.rank, self.mode, self.seed = rank, mode, seed
         self.strongest = Strongest(len(plan.student.blocks))
@@ -83,12 +88,14 @@ class Cutter:
     def restore_outer(self) -> bool:
         """Take up embedding and head; False where they have not been cut."""
         line = self.progress and self.progress.find("factors outer")
-        if line:
-            self._outer = self._load(line)
-        return bool(line)
+        if not all(self.world.gather(bool(line))):
+            return False
+        self._outer = self._load(line)
+        return True
 
     def finish_outer(self) -> None:
         """Embedding and head are cut."""
+        self._outer = self._collect(self._outer, self.plan.outer)
         self._save("factors outer", self._outer)
 
     def _offer(self, index: int, total: float) -> bool:
@@ -120,8 +127,21 @@ class Cutter:
             for role, window in line["windows"].items()
         }
 
+    def _mine(self, names: Iterable[str]) -> set[str]:
+        """This process's share of the names."""
+        return set(list(names)[self.world.rank :: self.world.size])
+
+    def _collect(self, found: dict[str, tuple], names: Iterable[str]) -> dict[str, tuple]:
+        """What all processes have cut, in the order of the names; the others have nothing then."""
+        each = self.world.gather(found)
+        if not self.world.is_main:
+            return {}
+        every = {name: cut for cuts in each for name, cut in cuts.items()}
+        return {name: every[name] for name in names}
+
     def _cut_block(self, scores: BlockScores) -> dict[str, tuple]:
-        return {
+        own = self._mine(self.plan.cuts)
+        found = {
             role: self._cut(
                 f"{self.plan.teacher.blocks[scores.index]}.{mine.module}",
                 mine.matrix(scores.scores[f"{mine.module}.weight"]),
@@ -130,7 +150,9 @@ class Cutter:
                 scores.totals[f"{mine.module}.weight"] if mine.rows is None else None,
             )
             for role, (mine, theirs) in self.plan.cuts.items()
+            if role in own
         }
+        return self._collect(found, self.plan.cuts)
 
     def _cut(self, name: str, score, weight, shape, whole: float | None) -> tuple:
         """S5, S6: [n, m] score and weight -> B [n', r], A [r, m'] and the window's record."""
@@ -166,6 +188,8 @@ class Cutter:
 
     def outer(self, scores: OuterScores) -> None:
         """The embedding or the head, [V, D]: its window slides along the hidden axis only."""
+        if scores.name not in self._mine(self.plan.outer):
+            return
         width = self.plan.student.hidden_size
         with self.clock("windows"):
             # equal terms in equal order: the sums of equal windows tie exactly, the first wins

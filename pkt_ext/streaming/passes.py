@@ -36,6 +36,7 @@ from pkt_ext.streaming.blocks import StreamedModel
 from pkt_ext.streaming.budget import Allotment
 from pkt_ext.streaming.meter import Meter, PassReport
 from pkt_ext.streaming.progress import Progress
+from pkt_ext.streaming.ranks import ALONE, World
 from pkt_ext.streaming.reader import Part, Reader
 from pkt_ext.streaming.readout import Readout
 from pkt_ext.streaming.store import ActivationStore
@@ -83,6 +84,8 @@ class Pass:
         allotment: how it shares out its memory; None: everything that was read or found stays.
         keep_rows: keep what `readout.head_gradients` needs.
         progress:  finished steps are recorded there and not done again; None: no trace is left.
+        world:     the processes that pass over other samples at the same time, each by itself; what
+                   all have finished is the progress.
         show:      show a bar over the blocks (on a terminal; log lines elsewhere).
     """
 
@@ -95,8 +98,10 @@ class Pass:
         allotment: Allotment | None = None,
         keep_rows: bool = False,
         progress: Progress | None = None,
+        world: World = ALONE,
         show: bool = True,
     ):
+        self.world = world
         self.stream, self.batches = stream, batches
         self.visitor = visitor or Visitor()
         self.allotment = allotment or Allotment(
@@ -428,7 +433,10 @@ class Pass:
             if (line := self.progress.find(step)) is None:
                 break
             lines.append(line)
-        done = len(lines)
+        done = min(self.world.gather(len(lines)))
+        if done < len(lines):
+            self.progress.keep_until(steps[done - 1] if done else None)
+            lines = lines[:done]
         groups = {k: v for line in lines for k, v in line["groups"].items()}
         if done <= last:
             needed = [_hidden(i) for i in range(1, done + 1)]
@@ -436,8 +444,10 @@ class Pass:
             at = 2 * last + 1 - done  # the boundary whose gradient is the latest
             needed = [_gradient(at)] + [_hidden(i) for i in range(1, at)]
             needed += ["readout"] * self.readout.keep_rows
-        if not all(self.store.restore(group, groups[group]) for group in needed):
+        sound = all(self.store.restore(group, groups[group]) for group in needed)
+        if not sound:
             log.warning("%s is damaged: starting afresh", self.progress.folder)
+        if not all(self.world.gather(sound)):
             self.progress.keep(0)
             return 0
         if done > last:

@@ -73,6 +73,11 @@ class Progress:
             self._lines = self._lines[:count]
             self._write_journal()
 
+    def keep_until(self, step: str | None) -> None:
+        """Forget all steps behind `step`; None: all."""
+        names = [line["step"] for line in self._lines]
+        self.keep(0 if step is None else names.index(step) + 1)
+
     def save(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
         """Write tensors; what to record so that `load` finds them."""
         content = format_tensors({key: value.contiguous() for key, value in tensors.items()})
@@ -96,7 +101,7 @@ class Progress:
     def restart(self) -> None:
         """Forget all steps."""
         self.remove()
-        self.folder.mkdir()
+        self.folder.mkdir(parents=True)
         self._lines = []
         self.remember()
 
