@@ -12,20 +12,21 @@ from dataclasses import dataclass
 KEYS = ("quantization_config", "compression_config")  # of a configuration; the second is older
 _CARD = "use the unquantised checkpoint that its model card names as base model"
 
-# quant_method -> what people call it, and the class that has transformers undo it while it loads
-_REFUSED: dict[str, tuple[str, str | None]] = {
-    "gptq": ("GPTQ", None),
-    "awq": ("AWQ", None),
-    "auto-round": ("AutoRound", None),
-    "fp8": ("FP8", "FineGrainedFP8Config"),
-    "fbgemm_fp8": ("FP8 (FBGEMM)", None),
-    "compressed-tensors": ("compressed-tensors (FP8 or integers)", "CompressedTensorsConfig"),
-    "mxfp4": ("MXFP4", None),
-    "nvfp4": ("NVFP4", None),
-    "hqq": ("HQQ", None),
-    "quanto": ("quanto", None),
-    "torchao": ("torchao", None),
-    "gguf": ("GGUF", None),
+_REFUSED = {  # quant_method -> what people call it
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "auto-round": "AutoRound",
+    "fp8": "FP8",
+    "fbgemm_fp8": "FP8 (FBGEMM)",
+    "compressed-tensors": "compressed-tensors (FP8 or integers)",
+    "mxfp4": "MXFP4",
+    "nvfp4": "NVFP4",
+    "hqq": "HQQ",
+    "gguf": "GGUF",
+}
+_UNDONE = {  # quant_method -> the class that has transformers undo it, and what else that needs
+    "fp8": ("FineGrainedFP8Config", ""),
+    "compressed-tensors": ("CompressedTensorsConfig", " (pip install compressed-tensors)"),
 }
 
 
@@ -58,12 +59,12 @@ def refusal(config) -> str | None:
     method = str(getattr(method, "value", method or "an unnamed method")).lower()
     if not settings or method == "bitsandbytes":
         return None
-    title, undone_by = _REFUSED.get(method, (method, None))
-    way = f"{_CARD} (bitsandbytes NF4, FP4 and int8 can be read)"
-    if undone_by:
+    title, way = _REFUSED.get(method, method), f"{_CARD} (NF4, FP4 and int8 of bitsandbytes are)"
+    if method in _UNDONE:
+        name, needs = _UNDONE[method]
         way = (
-            f"{_CARD}, or undo it once: AutoModelForCausalLM.from_pretrained(NAME, "
-            f"dtype='bfloat16', quantization_config=transformers.{undone_by}(dequantize=True))"
+            f"{_CARD}, or undo it once{needs}: AutoModelForCausalLM.from_pretrained(NAME, "
+            f"dtype='bfloat16', quantization_config=transformers.{name}(dequantize=True))"
             ".save_pretrained(FOLDER, save_original_format=False)"
         )
     return f"its weights are quantised with {title}, which is not read; {way}"
@@ -74,5 +75,7 @@ def gguf(name: str) -> str:
     return (
         f"{name}: GGUF, which is not read; use the safetensors checkpoint that it was made from, "
         "or write one (pip install gguf): AutoModelForCausalLM.from_pretrained(NAME, "
-        "gguf_file=FILE).save_pretrained(FOLDER), and the same with AutoTokenizer"
+        "gguf_file=FILE, quantization_config=transformers.GgufConfig(dequantize=True))"
+        ".save_pretrained(FOLDER, save_original_format=False) and "
+        "AutoTokenizer.from_pretrained(NAME, gguf_file=FILE).save_pretrained(FOLDER)"
     )

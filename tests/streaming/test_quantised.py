@@ -18,6 +18,7 @@ from pkt_ext.merge import residual_model
 from pkt_ext.methods.seeking import SeekingConfig, extract
 from pkt_ext.streaming import quantised
 from pkt_ext.streaming.checkpoint import Checkpoint
+from pkt_ext.streaming.files import read_config
 
 KINDS = {
     "nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
@@ -377,7 +378,7 @@ def test_other_methods_by_name(method, name, tmp_path):
 
 def test_older_names(tmp_path):
     folder = configured(tmp_path, compression_config={"quant_method": "compressed-tensors"})
-    refused(folder, f"quantised with compressed-tensors .*{CARD}")
+    refused(folder, f"{CARD}, or undo it once .pip install compressed-tensors.: AutoModelFor")
     assert (
         Checkpoint.open(
             configured(tmp_path / "old", quantization_config={"load_in_4bit": True})
@@ -429,3 +430,6 @@ def test_gguf(tmp_path):
     folder = configured(tmp_path / "with config")
     (folder / "model.safetensors").rename(folder / "model.gguf")
     refused(folder, words)
+    (tmp_path / "snapshot").mkdir()
+    with pytest.raises(InputError, match=f"someone/model-GGUF{words}"):
+        read_config(tmp_path / "snapshot", "someone/model-GGUF")
