@@ -204,6 +204,29 @@ def test_gpt2_stores_its_matrices_the_other_way_round(kind, tmp_path):
     assert (weights[name] - reference).abs().mean() < 0.1 * reference.abs().mean()
 
 
+def test_text_model_of_a_multimodal_checkpoint(tmp_path):
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = hf.LlavaConfig(
+        text_config=model_zoo.config("llama_gqa", **SIZES),
+        vision_config=hf.CLIPVisionConfig(**vision, image_size=28, patch_size=14),
+    )
+    plain = model_zoo.randomize(hf.LlavaForConditionalGeneration(config))
+    model_zoo.save(plain, tmp_path / "plain")
+    model = hf.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "plain",
+        quantization_config=hf.BitsAndBytesConfig(**KINDS["nf4 double"]),
+        device_map={"": "cpu"},
+    )
+    checkpoint, weights = loaded(model_zoo.save(model, tmp_path / "model"))
+    assert checkpoint.quantisation.double and checkpoint.dtype == torch.bfloat16
+    truth = dequantised(model)
+    for name, weight in weights.items():
+        outer = (
+            name if name == "lm_head.weight" else name.replace("model.", "model.language_model.")
+        )
+        assert torch.equal(weight, truth[outer].float()), name
+
+
 def test_quantised_head(tmp_path):
     plain = model_zoo.save(model_zoo.build("llama_gqa", **SIZES), tmp_path / "plain")
     model = quantise(plain, "int8", llm_int8_skip_modules=["none"])
