@@ -16,6 +16,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pkt_ext.attribution.sensitivity import sensitivity
 from pkt_ext.errors import InputError
 from pkt_ext.models.anatomy import describe
 from pkt_ext.streaming import files
@@ -456,6 +457,48 @@ def test_vanished_after_open(sharded):
     (sharded / shard).unlink()
     with pytest.raises(InputError, match=f"{shard}: No such file or directory; put it back or"):
         checkpoint.load([TABLE], torch.float32)
+
+
+def vanish(path):
+    path.unlink()
+
+
+def cut(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def replace(path):
+    path.with_suffix(".new").write_bytes(path.read_bytes())
+    os.replace(path.with_suffix(".new"), path)
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (vanish, "No such file or directory; put it back"),
+        (cut, "changed since this run opened it .* start again"),
+        (replace, "changed since this run opened it .same size.; leave it alone"),
+    ],
+)
+def test_damage_while_a_pass_is_under_way(damage, words, tmp_path, monkeypatch):
+    """The shard of the last block is damaged when the first block is read."""
+    model = model_zoo.build("llama", layers=3)
+    folder = model_zoo.save(model, tmp_path / "model", max_shard_size="20KB")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = index["model.layers.2.mlp.up_proj.weight"]
+    assert shard not in {file for key, file in index.items() if "layers.0" in key}
+    load = Checkpoint.load
+
+    def loading(self, names, *args):
+        names = list(names)
+        loaded = load(self, names, *args)
+        if any(name.startswith("model.layers.0.") for name in names):
+            damage(folder / shard)
+        return loaded
+
+    monkeypatch.setattr(Checkpoint, "load", loading)
+    with pytest.raises(InputError, match=f"{shard}: {words}"):
+        sensitivity(folder, [{"input_ids": IDS, "labels": IDS}])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="madvise is Linux's")
