@@ -11,6 +11,7 @@ import model_zoo
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 
 from pkt_ext import cli
 
@@ -166,6 +167,35 @@ def test_weights_that_are_not_finite(place, capfd, name, value):
     rewrite(place / "teacher", lambda t: t[name].view(-1)[3].fill_(value))
     line = refused(place, capfd, arguments(place))
     assert "NaN" in line and name.removesuffix(".weight") in line
+
+
+def test_a_sample_that_overflows_is_named_or_left_out(place, capfd):
+    rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+    bad = {"prompt": "ZZZ", "completion": "Z"}
+    (place / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [*rows, bad]))
+    token = 3 + sorted(pre_tokenizers.ByteLevel.alphabet()).index("Z")
+
+    def change(tensors):  # "Z" is the largest number of float16, and every block adds to it
+        tensors["model.embed_tokens.weight"][token].fill_(65504.0)
+        tensors["model.layers.0.mlp.down_proj.weight"].mul_(300)
+
+    rewrite(place / "teacher", change)
+    line = refused(place, capfd, arguments(place, "--dtype=float16"))
+    assert "'rows.jsonl:4'" in line and "--nonfinite skip-sample" in line
+    assert cli.run(arguments(place, "--dtype=float16", "--nonfinite=skip-sample")) == 0
+    found = json.loads((place / "out" / "report.json").read_text())
+    ((skipped),) = found["nonfinite_samples"]
+    assert skipped["id"] in line and "NaN or Inf" in skipped["reason"]
+    (place / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    shutil.move(place / "out", place / "skipped")
+    assert cli.run(arguments(place, "--dtype=float16")) == 0
+    for name in ("start/adapter_model.safetensors", "delta/adapter_model.safetensors"):
+        assert (place / "out" / name).read_bytes() == (place / "skipped" / name).read_bytes()
+    (place / "rows.jsonl").write_text(json.dumps(bad) + "\n")
+    line = refused(
+        place, capfd, arguments(place, "--dtype=float16", "--overwrite", "--nonfinite=skip-sample")
+    )
+    assert "NaN or Inf" in line  # no row is left
 
 
 def test_a_nan_where_no_sample_looks(place, capfd):

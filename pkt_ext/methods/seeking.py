@@ -22,6 +22,7 @@ import logging
 import math
 import os
 import shutil
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -35,12 +36,15 @@ from pkt_ext.lora import Factor, residual_model, write_adapter
 from pkt_ext.methods.pairing import ATTENTION, MLP, Plan, pair_parts
 from pkt_ext.methods.windows import Clock, Cutter
 from pkt_ext.models.anatomy import describe
-from pkt_ext.settings import DTYPES, check_choices, find_device
+from pkt_ext.settings import DTYPES, check_choices
 from pkt_ext.streaming.batches import with_distinct_ids
 from pkt_ext.streaming.blocks import StreamedModel
-from pkt_ext.streaming.budget import Allotment, parse_bytes
+from pkt_ext.streaming.budget import fit, parse_bytes
 from pkt_ext.streaming.checkpoint import Checkpoint
+from pkt_ext.streaming.meter import merge_reports
+from pkt_ext.streaming.needs import Prediction
 from pkt_ext.streaming.progress import Progress
+from pkt_ext.streaming.ranks import ALONE, World, by_length, join
 
 log = logging.getLogger(__name__)
 
@@ -114,6 +118,9 @@ def extract(
     repeated, goes on from its last finished block and ends with the same bytes. (Not where the
     teacher is a model in memory.)
 
+    Under torchrun or `accelerate launch` the processes share the samples and the cutting. Each has
+    to call this, with the same arguments; the first one writes.
+
     Args:
         teacher, student: a folder, a hub id or a loaded PreTrainedModel.
         data: a JSON-lines file of seed rows, or the rows; see `data.read_rows`.
@@ -131,19 +138,32 @@ def extract(
     """
     config = config or SeekingConfig()
     out = Path(out).expanduser().resolve()
+    with join() as world, world.together():
+        report = _extract(
+            teacher, student, data, out, config, tokenizer, overwrite, resume, progress, world
+        )
+        return world.gather(report)[0]
+
+
+def _extract(
+    teacher, student, data, out: Path, config, tokenizer, overwrite, resume, progress, world: World
+) -> dict:
+    """`extract` as one of the processes; only the first one's report is complete."""
     residual = out.parent / f"{out.name}-residual-model"
     if config.export and residual.exists() and not overwrite:
         raise InputError(f"{residual} exists; choose another --out, or pass --overwrite")
     clock, report = Clock(), {}
     with clock("prepare"):
-        job = _prepare(teacher, student, data, config, tokenizer)
+        job = _prepare(teacher, student, data, config, tokenizer, world)
     run = _run_record(job, data, config)
     place = out.parent / f"{out.name}.progress"
-    if resume and not overwrite and (finished := _finished(out, place, run)):
-        return finished
+    if resume and not overwrite:
+        finished = _finished(out, place, run) if world.is_main else None
+        if finished := world.gather(finished)[0]:
+            return finished
     kept: Progress | None = None
     try:
-        with artifact.publish(
+        published = artifact.publish(
             out,
             kind="init",
             run=run,
@@ -151,31 +171,33 @@ def extract(
             card=_card(job.student.name, job.teacher.name, config),
             overwrite=overwrite,
             planned_bytes=2 * job.plan.adapter_bytes(config.rank),
-        ) as staging:
+        )
+        with world.together(), published if world.is_main else nullcontext() as staging:
             for entry in job.plan.skipped:
                 log.warning("skipped %s: %s", entry["matrix"], entry["reason"])
             if job.encoded.dropped:
                 log.warning(job.encoded.left_out())
             if job.teacher.folder is not None:
-                kept = Progress(place, _state(job, config, run), resume=resume)
-            cutter, passed, allotment = _cut(job, config, clock, kept, progress)
-            with clock("write"):
-                factors, windows = cutter.result()
-                _write_start(staging, factors, job, config)
-            report.update(_report(job, cutter, windows, passed, clock))
-            report.update(_costs(config, passed, allotment))
+                kept = _open_progress(place, job, config, run, resume, world)
+            cutter, passed, predicted = _cut(job, config, clock, kept, progress, world)
+            if world.is_main:
+                with clock("write"):
+                    factors, windows = cutter.result()
+                    _write_start(staging, factors, job, config)
+                report.update(_report(job, cutter, windows, passed, clock))
+                report.update(_costs(config, passed, predicted))
     except BaseException as error:
         # a checkpoint with NaN has to change, and its progress would not fit the new one
-        if kept is not None and kept.found and not isinstance(error, NonFiniteError):
+        keep = kept is not None and kept.found and not isinstance(error, NonFiniteError)
+        if keep:
             error.add_note(
                 f"finished blocks are kept in {kept.folder}: the same command goes on from there"
             )
-        elif kept is not None:
-            kept.remove()
+        # what a signal or a fault has interrupted does not wait for the others
+        _leave(None if keep else kept, world, wait=hasattr(error, "reported_by"))
         raise
-    if kept is not None:
-        kept.remove()
-    if config.export == "residual-model":
+    _leave(kept, world, wait=True)
+    if config.export == "residual-model" and world.is_main:
         report["residual_model"] = str(residual)
         residual_model(
             student,
@@ -201,11 +223,13 @@ class _Job:
     encoded: Encoded
 
 
-def _prepare(teacher, student, data, config: SeekingConfig, tokenizer) -> _Job:
+def _prepare(
+    teacher, student, data, config: SeekingConfig, tokenizer, world: World = ALONE
+) -> _Job:
     teacher = Checkpoint.open(teacher, revision=config.teacher_revision)
     student = Checkpoint.open(student, revision=config.student_revision)
     dtype = getattr(torch, config.dtype) if config.dtype else teacher.dtype
-    model = StreamedModel(teacher, dtype=dtype, device=find_device(config.device))
+    model = StreamedModel(teacher, dtype=dtype, device=world.device(config.device))
     plan = pair_parts(
         model.anatomy,
         describe(student.skeleton(torch.float32)),
@@ -224,51 +248,113 @@ def _prepare(teacher, student, data, config: SeekingConfig, tokenizer) -> _Job:
     return _Job(teacher, student, model, plan, tokens, encoded)
 
 
-def _cut(job: _Job, config: SeekingConfig, clock: Clock, kept: Progress | None, show: bool):
-    """S1 to S6: (the cutter, what the pass cost, how memory was shared out)."""
+def _open_progress(
+    place: Path, job: _Job, config: SeekingConfig, run: dict, resume: bool, world: World
+) -> Progress:
+    """What an interrupted run has left; of several processes' each has its own folder."""
+    state = _state(job, config, run) | {"processes": world.size}
+    if world.is_main:
+        kept = Progress(place, state, resume=resume)
+    world.gather()  # the first one may have deleted the others'
+    if not world.is_main:
+        kept = Progress(place / f"rank-{world.rank}", state, resume=resume)
+    return kept
+
+
+def _cut(
+    job: _Job,
+    config: SeekingConfig,
+    clock: Clock,
+    kept: Progress | None,
+    show: bool,
+    world: World = ALONE,
+):
+    """S1 to S6: (the cutter, what the pass cost, what it was predicted to take)."""
     known = kept.state if kept is not None else {}
     skipped = list(known.get("skipped", ()))
+    if skipped != (agreed := world.gather(skipped)[0]):  # killed while starting again
+        skipped = agreed
+        kept.restart()
     while True:
         samples = [s for s in job.encoded.samples if s.id not in {e["id"] for e in skipped}]
-        allotment = _share_out(job, config, samples, known.get("allotment"))
+        share = world.share(samples)
+        predicted = _share_out(job, config, share, known.get("allotment"))
+        allotment = predicted.allotment
         if kept is not None:
             kept.remember(
                 skipped=skipped,
                 allotment={"micro_batch": allotment.micro_batch, "head_rows": allotment.head_rows},
             )
-        cutter = Cutter(job.plan, job.tokens, clock, config.rank, config.svd, config.seed, kept)
+        cutter = Cutter(
+            job.plan, job.tokens, clock, config.rank, config.svd, config.seed, kept, world
+        )
         outer = job.plan.outer and not cutter.restore_outer()
         try:
-            passed = stream_sensitivity(
-                job.model,
-                samples,
-                allotment=allotment,
-                on_block=cutter.block,
-                on_restored=cutter.restore,
-                on_outer=cutter.outer if outer else None,
-                tokens=None if job.tokens is None else job.tokens[0],
-                progress=kept,
-                show=show,
-            )
+            with world.together():
+                passed = stream_sensitivity(
+                    job.model,
+                    share,
+                    allotment=allotment,
+                    on_block=cutter.block,
+                    on_restored=cutter.restore,
+                    on_outer=cutter.outer if outer else None,
+                    tokens=None if job.tokens is None else job.tokens[0],
+                    progress=kept,
+                    world=world,
+                    show=show and world.is_main,
+                )
             break
         except NonFiniteError as error:
-            if config.nonfinite != "skip-sample" or error.sample is None or len(samples) == 1:
+            enough = len(samples) > world.size
+            if config.nonfinite != "skip-sample" or error.sample is None or not enough:
                 raise
             log.warning("left out: %s", error)
             skipped.append({"id": error.sample, "reason": str(error)})
             if kept is not None:
-                kept.restart()
+                _restart(kept, world)
     if outer:
         cutter.finish_outer()
     reducing = clock.seconds["windows"] + clock.seconds["factors"]
     clock.seconds["sensitivity"] = max(0.0, passed.seconds - reducing)
     clock.peak_bytes["sensitivity"] = passed.peak_bytes
-    return cutter, replace(passed, skipped=tuple(skipped)), allotment
+    if world.size > 1:
+        passed = merge_reports(world.gather(passed), [s.id for s in by_length(samples)])
+    return cutter, replace(passed, skipped=tuple(skipped)), predicted
 
 
-def _share_out(job: _Job, config: SeekingConfig, samples, known: dict | None) -> Allotment:
+def _restart(kept: Progress, world: World) -> None:
+    """Forget all processes' steps; the first one deletes the others' folders with its own."""
+    world.gather()
+    if world.is_main:
+        kept.restart()
+    world.gather()
+    if not world.is_main:
+        kept.restart()
+
+
+def _leave(unneeded: Progress | None, world: World, *, wait: bool) -> None:
+    """Delete progress that nobody needs; the first process's, which holds the others', last."""
+    if unneeded is not None and not world.is_main:
+        unneeded.remove()
+        with suppress(OSError):  # not empty: the first one's, on the same machine
+            unneeded.folder.parent.rmdir()
+    if wait:
+        world.part()
+    if unneeded is not None and world.is_main:
+        unneeded.remove()
+
+
+def _share_out(job: _Job, config: SeekingConfig, samples, known: dict | None) -> Prediction:
     """How the pass shares out its memory; `known`: what touches the rounding, as it began."""
-    return Allotment(**{"micro_batch": config.micro_batch, **(known or {})})
+    return fit(
+        job.model,
+        samples,
+        config.budget and parse_bytes(config.budget),
+        micro_batch=config.micro_batch,
+        outer=bool(job.plan.outer),
+        durable=job.teacher.folder is not None,
+        fixed=known,
+    )
 
 
 def _state(job: _Job, config: SeekingConfig, run: dict) -> dict:
@@ -347,15 +433,20 @@ def _report(job: _Job, cutter: Cutter, windows: dict, passed: PassReport, clock:
         "bytes_read": passed.bytes_read,
         "spilled_bytes": passed.spilled_bytes,
         "nonfinite_samples": list(passed.skipped),
+        "processes": list(passed.processes),  # where several shared the samples
         # "sensitivity": of the device, the others: of the host
         "peak_bytes": dict(clock.peak_bytes),
     }
 
 
-def _costs(config: SeekingConfig, passed: PassReport, allotment: Allotment) -> dict:
+def _costs(config: SeekingConfig, passed: PassReport, predicted: Prediction) -> dict:
     return {
         "budget": config.budget and parse_bytes(config.budget),
-        "memory": {"peak_bytes": passed.peak_bytes, **asdict(allotment)},
+        "memory": {
+            "peak_bytes": passed.peak_bytes,
+            "predicted_bytes": predicted.peak,
+            **asdict(predicted.allotment),
+        },
     }
 
 

@@ -157,7 +157,7 @@ class StreamedModel:
                 )
         return NonFiniteError(
             f"{where}: {who} gives NaN or Inf {what} in {self.dtype}; use dtype float32 or "
-            "bfloat16, or drop the sample",
+            "bfloat16, or leave the sample out (--nonfinite skip-sample)",
             sample,
         )
 

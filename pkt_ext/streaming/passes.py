@@ -43,6 +43,7 @@ from pkt_ext.streaming.store import ActivationStore
 
 log = logging.getLogger(__name__)
 
+_HEAD_SCALE = 12  # float16: log2 of the largest gradient of a logit
 _LARGEST = (10, 4, -2, -8)  # float16: log2 of the largest gradient at a boundary, tried in turn
 
 
@@ -316,9 +317,9 @@ class Pass:
 
     def _tail(self) -> None:
         last, largest = len(self._blocks), 0.0
-        if self._scaled:  # outputs' gradients are at most 2^12: nothing above 2^-36 of it is lost
+        if self._scaled:  # of a logit's gradient nothing above 2^-36 of the largest is lost
             fewest = min(len(b.targets(i)[1]) for b in self.batches for i in range(len(b.ids)))
-            self.readout.scale = 2.0 ** (12 + math.floor(math.log2(fewest)))
+            self.readout.scale = 2.0 ** (_HEAD_SCALE + math.floor(math.log2(fewest)))
         gradients = self.readout.backward(
             self.batches,
             lambda number: self.store.get(_hidden(last), number),

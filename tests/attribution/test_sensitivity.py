@@ -10,7 +10,7 @@ from torch import nn
 from pkt_ext import ops
 from pkt_ext.attribution.outer import score_outer
 from pkt_ext.attribution.sensitivity import _BlockScorer, sensitivity, stream_sensitivity
-from pkt_ext.errors import InputError
+from pkt_ext.errors import InputError, NonFiniteError
 from pkt_ext.streaming.blocks import StreamedModel
 from pkt_ext.streaming.budget import Allotment
 from pkt_ext.streaming.checkpoint import Checkpoint
@@ -314,3 +314,59 @@ def test_parameter_that_no_gradient_reaches_is_refused():
 def test_batch_without_labels_is_refused():
     with pytest.raises(InputError, match="has no labels"):
         sensitivity(zoo.build("llama"), [{"input_ids": torch.ones(1, 4, dtype=torch.int64)}])
+
+
+HALF = {"dtype": torch.float16}
+
+
+def faint(folder, factor):
+    """A model whose gradients are fainter by `factor` from block 0 down: its output counts less."""
+    model = zoo.build("llama_gqa", layers=3)
+    with torch.no_grad():
+        for layer in model.model.layers[1:]:  # block 0's output is all that the others see of it
+            layer.input_layernorm.weight.mul_(factor)
+            layer.post_attention_layernorm.weight.mul_(factor)
+        model.model.norm.weight.mul_(factor)
+    return zoo.save(model.half(), folder)
+
+
+def half_error(scores, truth):
+    """The relative error of every score, by name."""
+    return {
+        n: ((scores[n].double() - t.double()).norm() / t.double().norm()).item()
+        for n, t in truth.items()
+        if n in scores
+    }
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0**-6, 2.0**-9])
+def test_float16_gradients_do_not_flush_to_zero(factor, tmp_path):
+    folder = faint(tmp_path, factor)
+    rows = published.samples((120, 90, 7), vocab=zoo.VOCAB)
+    exact = run(folder, rows)[0]  # the same weights, computed in float32
+    errors = half_error(run(folder, rows, **HALF)[0], exact)
+    # rounding alone: 2^-11 a step; without scaling most of block 0 is gone at 2^-9
+    assert max(errors.values()) < 0.02, errors
+
+
+def test_without_scaling_they_would(tmp_path, monkeypatch):
+    monkeypatch.setattr(Pass, "_size", lambda self, gradient: 0.0)  # no boundary is scaled
+    monkeypatch.setattr("pkt_ext.streaming.passes._HEAD_SCALE", 0)
+    folder = faint(tmp_path, 2.0**-9)
+    rows = published.samples((120, 90, 7), vocab=zoo.VOCAB)
+    errors = half_error(run(folder, rows, **HALF)[0], run(folder, rows)[0])
+    assert max(errors.values()) > 0.05
+
+
+def test_an_overflow_is_run_again_with_less_and_leaves_no_trace(tmp_path, monkeypatch):
+    folder = zoo.save(zoo.build("qwen3").half(), tmp_path)
+    rows = published.samples(LENGTHS, vocab=zoo.VOCAB)
+    monkeypatch.setattr("pkt_ext.streaming.passes._LARGEST", (4,))
+    first = run(folder, rows, **HALF)
+    monkeypatch.setattr("pkt_ext.streaming.passes._LARGEST", (30, 4))  # 2^30 is infinite
+    again = run(folder, rows, **HALF)
+    assert first[1] == again[1]
+    assert all(score.equal(again[0][name]) for name, score in first[0].items())
+    monkeypatch.setattr("pkt_ext.streaming.passes._LARGEST", (30,))
+    with pytest.raises(NonFiniteError, match="gradients .*in torch.float16"):
+        run(folder, rows, **HALF)
