@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from pkt_ext.errors import InputError
+from pkt_ext.settings import launched_as
 from pkt_ext.streaming.batches import Sample
 from pkt_ext.streaming.blocks import StreamedModel
 from pkt_ext.streaming.heap import give_back_freed_memory
@@ -146,6 +147,7 @@ def format_bytes(count: int) -> str:
 
 
 def _free_host_bytes() -> int:
+    """Of the machine's free memory what is this process's; others of the same job have as much."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:  # no Linux
@@ -160,7 +162,7 @@ def _free_host_bytes() -> int:
             free = min(free, limit - int(Path(folder, used).read_text()))
         except (OSError, ValueError):
             continue
-    return max(0, free)
+    return max(0, free) // launched_as().local_size
 
 
 def _host_bytes() -> int:

@@ -7,9 +7,9 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,33 @@ class PassReport:
     losses: dict[str, float]  # sample id -> mean cross-entropy over its target tokens, in nats
     skipped: tuple[dict, ...] = ()  # {"id", "reason"} of samples left out as not finite
     spilled_bytes: int = 0  # of activations written to disk
+    processes: tuple[dict, ...] = ()  # what each cost, where several shared the samples
+
+
+def merge_reports(reports: Sequence[PassReport], samples: Sequence[str]) -> PassReport:
+    """What several processes' passes over shares of `samples` cost together.
+
+    Bytes are added up, the peak is the largest, the times are the first one's.
+    """
+    losses = {sample: loss for report in reports for sample, loss in report.losses.items()}
+    each = [
+        {
+            "samples": len(report.samples),
+            "seconds": report.seconds,
+            "bytes_read": report.bytes_read,
+            "peak_bytes": report.peak_bytes,
+        }
+        for report in reports
+    ]
+    return replace(
+        reports[0],
+        bytes_read=sum(report.bytes_read for report in reports),
+        spilled_bytes=sum(report.spilled_bytes for report in reports),
+        peak_bytes=max(report.peak_bytes for report in reports),
+        samples=tuple(samples),
+        losses={sample: losses[sample] for sample in samples},
+        processes=tuple(each),
+    )
 
 
 class PeakMemory:
