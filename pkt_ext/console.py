@@ -22,11 +22,13 @@ import warnings
 import typer
 
 from pkt_ext.errors import InputError, PktError, ResourceError
+from pkt_ext.heap import give_back_freed_memory
 from pkt_ext.settings import launched_as
 
 
 def settle_environment() -> None:
     """For a process of our own, before other libraries load: no bars but on a terminal."""
+    give_back_freed_memory()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "pkt_ext"
 
 # Floors from the ground up; a module imports from its own floor or below, never above.
 FLOORS = [
-    {"errors", "artifact", "console", "settings", "build_info", "_C", ""},
+    {"errors", "heap", "artifact", "console", "settings", "build_info", "_C", ""},
     {"ops"},
     {"models"},
     {"streaming"},

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from pkt_ext.errors import InputError
+from pkt_ext.heap import give_back_freed_memory
 from pkt_ext.settings import launched_as
 from pkt_ext.streaming.batches import Sample
 from pkt_ext.streaming.blocks import StreamedModel
-from pkt_ext.streaming.heap import give_back_freed_memory
 from pkt_ext.streaming.meter import resident_bytes
 from pkt_ext.streaming.needs import Needs, Prediction
 

@@ -24,7 +24,7 @@ from pkt_ext.streaming.readout import LOGITS
 if TYPE_CHECKING:
     from pkt_ext.streaming.budget import Allotment
 
-SLACK = 24 * 2**20  # CPU: buffers of the matrix products and thread pools, measured
+SLACK = 32 * 2**20  # CPU: buffers of the matrix products and thread pools, measured
 CONTEXT = 600 * 2**20  # CUDA: context and libraries' workspaces, outside of the allocator
 OUTER_CHUNK = 2**23  # elements of the head that attribution.outer scores at once
 _SCORE = 4  # bytes of a score
