@@ -35,6 +35,7 @@ from pkt_ext.errors import InputError, NonFiniteError
 from pkt_ext.lora import Factor, residual_model, write_adapter
 from pkt_ext.methods.pairing import ATTENTION, MLP, Plan, pair_parts
 from pkt_ext.methods.windows import Clock, Cutter
+from pkt_ext.methods.workspace import reduction_bytes
 from pkt_ext.models.anatomy import describe
 from pkt_ext.settings import DTYPES, check_choices
 from pkt_ext.streaming.batches import with_distinct_ids
@@ -191,7 +192,7 @@ def _extract(
         keep = kept is not None and kept.found and not isinstance(error, NonFiniteError)
         if keep:
             error.add_note(
-                f"finished blocks are kept in {kept.folder}: the same command goes on from there"
+                f"finished blocks are kept in {place}: the same command goes on from there"
             )
         # what a signal or a fault has interrupted does not wait for the others
         _leave(None if keep else kept, world, wait=hasattr(error, "reported_by"))
@@ -351,6 +352,13 @@ def _share_out(job: _Job, config: SeekingConfig, samples, known: dict | None) ->
         samples,
         config.budget and parse_bytes(config.budget),
         micro_batch=config.micro_batch,
+        extra=reduction_bytes(
+            job.plan,
+            job.model,
+            config.rank,
+            config.svd,
+            None if job.tokens is None else len(job.tokens[0]),
+        ),
         outer=bool(job.plan.outer),
         durable=job.teacher.folder is not None,
         fixed=known,
@@ -426,6 +434,7 @@ def _report(job: _Job, cutter: Cutter, windows: dict, passed: PassReport, clock:
         "example": encoded.example,
         "dtype": str(job.model.dtype).removeprefix("torch."),
         "device": str(job.model.device),
+        "quantisation": asdict(quantised) if (quantised := job.teacher.quantisation) else None,
         "seconds": dict(clock.seconds),
         "pass_seconds": passed.stages,  # of "sensitivity"; windows and factors are in "reduce"
         "waits": passed.waits,  # of the pass's seconds: for the disk, the link, and computing
