@@ -77,8 +77,8 @@ class World:
             return samples
         if len(samples) < self.size:
             raise InputError(
-                f"{len(samples)} samples cannot be shared out to {self.size} processes; start at "
-                f"most {len(samples)}, or give more data"
+                f"{self.size} processes, but only {len(samples)} sample(s) to share out; start at "
+                "most as many processes as there are samples, or give more data"
             )
         return by_length(samples)[self.rank :: self.size]
 
