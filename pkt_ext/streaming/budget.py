@@ -71,7 +71,8 @@ def fit(
     """The allotment that makes the most of a budget, and what it is predicted to take.
 
     What comes first gets the memory: reading ahead, the whole head at once, the micro-batch asked
-    for, activations on the device, resident blocks. No weight is read. Freed memory goes back to
+    for, activations on the device (on a CPU they are in files anyway, and those in the page cache,
+    which costs nothing), resident blocks. No weight is read. Freed memory goes back to
     the system from here on (see `heap`).
 
     Args:
@@ -100,7 +101,7 @@ def fit(
     if smallest.peak > limit:
         raise InputError(
             f"{format_bytes(limit)} of memory is too little: the smallest --budget that works is "
-            f"{format_bytes(smallest.peak)} (its {_largest_parts(smallest)}); lower --max-length "
+            f"{smallest_that_works(smallest.peak)} (its {_largest_parts(smallest)}); lower --max-length "
             "for less"
         )
     best = smallest
@@ -119,13 +120,14 @@ def fit(
     for size in reversed(sizes[1:]):
         if try_(micro_batch=size):
             break
-    if stream.device.type == "cuda":
-        best = replace(best, allotment=replace(best.allotment, host_bytes=_host_bytes()))
-    low, high = 0, needs.boundary_bytes(best.allotment.micro_batch)
-    if not try_(activation_bytes=high):
-        while high - low > _STEP:
-            middle = (low + high) // 2
-            low, high = (middle, high) if try_(activation_bytes=middle) else (low, middle)
+    if stream.device.type == "cuda" or not durable:
+        if stream.device.type == "cuda":
+            best = replace(best, allotment=replace(best.allotment, host_bytes=_host_bytes()))
+        low, high = 0, needs.boundary_bytes(best.allotment.micro_batch)
+        if not try_(activation_bytes=high):
+            while high - low > _STEP:
+                middle = (low + high) // 2
+                low, high = (middle, high) if try_(activation_bytes=middle) else (low, middle)
     for count in range(len(stream.block_names), 0, -1):
         if try_(resident=count):
             break
@@ -144,6 +146,11 @@ def format_bytes(count: int) -> str:
     if count < 2**30:
         return f"{-(-count // 2**20)} MiB"
     return f"{-(-count * 10 // 2**30) / 10:.1f} GiB"
+
+
+def smallest_that_works(peak: int) -> str:
+    """A budget to give where `peak` bytes are predicted: the next run may find some MiB more."""
+    return format_bytes(peak + 8 * 2**20)
 
 
 def _free_host_bytes() -> int:
