@@ -244,6 +244,7 @@ def finetune_command(
         ),
     ] = None,
     device: Device = None,
+    budget: Budget = None,
     seed: Annotated[
         int | None, _option("--seed", default=1, help="Of start, order, dropout.")
     ] = None,

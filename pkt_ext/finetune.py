@@ -14,7 +14,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -25,20 +24,20 @@ from pkt_ext import artifact, data, lora
 from pkt_ext.adapter import (
     AdapterConfig,
     Factor,
-    matrix_shape,
     read_adapter,
     read_ordinary,
     stores_transposed,
     write_adapter,
 )
+from pkt_ext.baselines import INITS, new_factors
 from pkt_ext.errors import InputError, ResourceError
-from pkt_ext.models.anatomy import describe
 from pkt_ext.settings import DTYPES, check_choices, find_device, refuse_processes
+from pkt_ext.streaming.budget import format_bytes, parse_bytes, smallest_that_works
 from pkt_ext.streaming.checkpoint import Checkpoint
+from pkt_ext.streaming.meter import PeakMemory
 
 log = logging.getLogger(__name__)
 
-INITS = ("gaussian", "pissa")
 _SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
 _LARGEST_MICRO_BATCH = {"cpu": 8, "cuda": 16}  # where the search for one that fits begins
 
@@ -67,6 +66,7 @@ class FinetuneConfig:
     load_in_4bit: bool = False  # keep the student in NF4 (needs bitsandbytes)
     gradient_checkpointing: bool = True  # recompute activations in the backward pass
     device: str = "auto"  # cpu, cuda or cuda:0; auto: cuda where there is one
+    budget: str | None = None  # memory of the device, as 8GiB; None: what there is
     seed: int = 1  # of a new adapter, the order of the rows, and dropout
     student_revision: str | None = None  # branch, tag or commit of a hub id
 
@@ -88,6 +88,8 @@ class FinetuneConfig:
                 f"micro_batch {self.micro_batch} does not divide batch {self.batch}; choose one "
                 "that does"
             )
+        if self.budget is not None:
+            parse_bytes(self.budget)
         if not 0 <= self.seed < 2**32:  # numpy's range
             raise InputError(f"seed is {self.seed}; give 0 to {2**32 - 1}")
         check_choices(
@@ -124,9 +126,10 @@ def finetune(
         progress: show the Trainer's progress bar (on a terminal only).
     Returns:
         What report.json holds: `losses` and `learning_rates` by step, `seconds`, `samples`,
-        `dropped`, `truncated`, `example`, `micro_batch`, `trainable_parameters`, ...
+        `dropped`, `truncated`, `example`, `micro_batch`, `trainable_parameters`, `peak_bytes`, ...
     Raises:
-        InputError: inputs that do not work; a loss or gradient that became NaN or infinite.
+        InputError: inputs that do not work; a budget too small for one row at a time; a loss or
+            gradient that became NaN or infinite.
         OutputBusyError: see `artifact.publish`.
         ResourceError: disk full, or memory short with one row at a time.
     """
@@ -138,6 +141,7 @@ def finetune(
     device = _device(config.device)
     factors, given, source_run, frozen = _read(adapter)
     encoded, name = _encode(student, data_rows, tokenizer, config)
+    sizes, predicted = _sizes(student, factors, given, frozen, encoded, config, device)
     run = {
         "paradigm": source_run.get("paradigm", None if adapter else "baseline"),
         "config": asdict(config),
@@ -156,24 +160,30 @@ def finetune(
         "truncated": encoded.truncated,
         "example": encoded.example,
         "device": device,
+        "budget": config.budget and parse_bytes(config.budget),
+        "predicted_bytes": predicted,
     }
     card = lora.adapter_card(name, asdict(config))
     with (
         artifact.publish(
             out, kind="adapter", run=run, report=report, card=card, overwrite=overwrite
         ) as folder,
+        PeakMemory(torch.device(device)) as memory,
         _loaded(student, config, device) as model,
     ):
         _check_ids(encoded, model)
         if factors is None:
-            factors, given, frozen = _new(model, config)
+            factors, given, frozen = new_factors(model, config)
         dropout = given.dropout if config.dropout is None else config.dropout
         prepared = time.perf_counter()
 
         def build():
             return lora.attach_factors(model, factors, given.scale, dropout=dropout, frozen=frozen)
 
-        trained, scales = _train(build, model, encoded, config, device, report, progress)
+        trained, scales = _train(
+            build, model, encoded, config, device, report, progress, sizes=sizes
+        )
+        report["peak_bytes"] = memory.bytes
         report["seconds"] = {
             "prepare": prepared - start,
             "train": time.perf_counter() - prepared,
@@ -263,12 +273,17 @@ def _loaded(student, config: FinetuneConfig, device: str):
             parameter.requires_grad_(flag)
 
 
-def _loading(config: FinetuneConfig, device: str) -> dict:
-    dtype = torch.float32
+def training_dtype(config: FinetuneConfig, device: str) -> torch.dtype:
+    """What a student that is not in memory yet is loaded as."""
     if config.dtype:
-        dtype = getattr(torch, config.dtype)
-    elif device == "cuda":
-        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return getattr(torch, config.dtype)
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float32
+
+
+def _loading(config: FinetuneConfig, device: str) -> dict:
+    dtype = training_dtype(config, device)
     arguments = {"dtype": dtype, "revision": config.student_revision or "main"}
     if config.load_in_4bit:
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -289,68 +304,45 @@ def _loading(config: FinetuneConfig, device: str) -> dict:
     return arguments
 
 
-# --- new adapters, to compare with ----------------------------------------------------------------
-
-
-def _new(model, config: FinetuneConfig) -> tuple[dict[str, Factor], AdapterConfig, bool]:
-    """A LoRA or PiSSA start on the matrices, and with the ranks, that a Seeking start has.
-
-    gaussian: A ~ N(0, 1/r^2), B = 0 (an embedding: the other way round), as PEFT's `gaussian`.
-    pissa: eta B A = the best rank-r part of W, sqrt of the singular values in either factor
-    (Meng et al., NeurIPS 2024, arXiv 2404.02948); the minus half freezes the rest, W - eta B A.
-    """
-    scale = config.alpha / config.rank
-    generator = torch.Generator().manual_seed(config.seed)
-    factors = {}
-    for path, rank in _targets(model, config).items():
-        module = model.get_submodule(path)
-        weight = module.weight.detach()
-        embedding = isinstance(module, torch.nn.Embedding)
-        if embedding or type(module).__name__ == "Conv1D":
-            weight = weight.T
-        if config.init == "pissa":
-            from pkt_ext.ops.low_rank import lora_factors
-
-            if rank > min(weight.shape):
-                raise InputError(f"rank {rank} is larger than a side of {path}; lower --rank")
-            B, A = lora_factors(weight.float(), rank, split="sqrt", seed=config.seed)
-            factors[path] = Factor(A / scale**0.5, B / scale**0.5, embedding)
-            continue
-        out, size = matrix_shape(module)
-        if embedding:
-            drawn = torch.randn(size, rank, generator=generator)
-            factors[path] = Factor(torch.zeros(rank, out), drawn, True)
-        else:
-            drawn = torch.randn(rank, size, generator=generator) / config.rank
-            factors[path] = Factor(drawn, torch.zeros(out, rank))
-    given = AdapterConfig(dict.fromkeys(factors, scale), 0.05, model.name_or_path, {})
-    return factors, given, config.init == "pissa"
-
-
-def _targets(model, config: FinetuneConfig) -> Mapping[str, int]:
-    """{module path: rank}: every projection, a fused module with the rank of all its parts."""
-    anatomy = describe(model)
-    targets: dict[str, int] = {}
-    for block, projections in zip(anatomy.blocks, anatomy.projections, strict=True):
-        for projection in projections:
-            path = f"{block}.{projection.module}"
-            targets[path] = targets.get(path, 0) + config.rank
-    if config.embeddings and not anatomy.tied:
-        targets |= {anatomy.embedding: config.rank, anatomy.head: config.rank}
-    return targets
-
-
 # --- the training itself --------------------------------------------------------------------------
 
 
-def _train(build, student, encoded, config, device, report, progress):
-    """Train with the largest micro-batch that fits; (factors, scales) of an ordinary adapter."""
+def _sizes(
+    student, factors, given, frozen, encoded, config, device
+) -> tuple[list[int], int | None]:
+    """(micro-batches to try, the largest first; bytes predicted of it where there is a budget)."""
+    largest = config.micro_batch or _LARGEST_MICRO_BATCH[device]
+    sizes = [n for n in range(largest, 0, -1) if config.batch % n == 0]
+    if config.budget is None:
+        return [config.micro_batch] if config.micro_batch else sizes, None
+    from pkt_ext.training_needs import needs_of
+
+    needs = needs_of(
+        Checkpoint.open(student, revision=config.student_revision),
+        config,
+        training_dtype(config, device),
+        device,
+        length=max(len(sample.input_ids) for sample in encoded.samples),
+        ranks=factors and {path: factor.rank for path, factor in factors.items()},
+        frozen=frozen or (factors is None and config.init == "pissa"),
+        dropout=given.dropout if given and config.dropout is None else config.dropout,
+        in_place=isinstance(student, torch.nn.Module) and student.device.type == device,
+    )
+    limit = parse_bytes(config.budget)
+    for size in sizes:
+        if needs.peak(size) <= limit:
+            return [size], needs.peak(size)
+    raise InputError(
+        f"{format_bytes(limit)} of memory is too little to train in; the smallest --budget that "
+        f"works is {smallest_that_works(needs.peak(1))}; a lower --max-length takes less"
+    )
+
+
+def _train(build, student, encoded, config, device, report, progress, *, sizes: list[int]):
+    """Train with the first of these micro-batches that fits; (factors, scales) of an adapter."""
     from accelerate.utils import find_executable_batch_size
 
-    largest = config.micro_batch or _LARGEST_MICRO_BATCH[device]
-    sizes = iter([n for n in range(largest, 0, -1) if config.batch % n == 0])
-    if config.micro_batch:
-        sizes = iter([config.micro_batch])
+    sizes = iter(sizes)
 
     @find_executable_batch_size(
         starting_batch_size=next(sizes), reduce_batch_size_fn=lambda: next(sizes, 0)
@@ -422,15 +414,12 @@ def _run_trainer(model, encoded, config, micro_batch, device, report, progress) 
             model, arguments, train_dataset=samples, data_collator=_pad, callbacks=[watch]
         )
         trainer.remove_callback(PrinterCallback)
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
         trainer.train()
     report.update(
         steps=trainer.state.global_step,
         micro_batch=micro_batch,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         dtype=str(dtype).removeprefix("torch."),
-        peak_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else None,
     )
 
 

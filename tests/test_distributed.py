@@ -251,6 +251,31 @@ def test_a_fault_of_one_process_ends_all_and_they_go_on_together(place, tmp_path
         assert report(out)[key] == report(whole)[key]
 
 
+def forget_last(folder):
+    path = folder / "journal.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert '"backward 1"' in lines[-1]
+    path.write_text("".join(lines[:-1]))
+
+
+def damage(folder):
+    path = folder / "gradient-0001.activations"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("folder", [".", "rank-1"])
+@pytest.mark.parametrize("change", [forget_last, damage])
+def test_the_others_go_back_to_where_the_last_one_is(place, tmp_path, start, change, folder):
+    out = tmp_path / "out"
+    assert start(arguments(place, out), 2, fail=[1, 0])["codes"] == [1, 1]
+    change(tmp_path / "out.progress" / folder)
+    found = start(arguments(place, out, "-v"), 2)
+    assert found["codes"] == [0, 0], found["err"]
+    assert_equal_bytes(out, place / "both")
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_killed_the_bytes_are_the_same(place, tmp_path, start, seed):
     out, rng = tmp_path / "out", random.Random(seed)

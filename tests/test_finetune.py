@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pkt_ext import artifact, lora
+from pkt_ext import artifact, baselines, lora
 from pkt_ext import finetune as module
-from pkt_ext.adapter import Factor
+from pkt_ext.adapter import Factor, matrix_shape
 from pkt_ext.errors import InputError, ResourceError
 from pkt_ext.finetune import FinetuneConfig, finetune
 from pkt_ext.models.anatomy import describe
@@ -38,7 +38,7 @@ def make_shop(folder, family, chat=False, **sizes):
     zoo.save(student, folder / "student", tokens=zoo.tokenizer(chat=chat))
     generator = torch.Generator().manual_seed(1)
     factors = {}
-    for path, rank in module._targets(student, QUICK).items():
+    for path, rank in baselines.targets(student, QUICK).items():
         target = student.get_submodule(path)
         out, size = lora_shape(target)
         A, B = torch.randn(rank, size, generator=generator), torch.randn(out, rank)
@@ -57,7 +57,7 @@ def make_shop(folder, family, chat=False, **sizes):
 
 def lora_shape(target):
     """(B's rows, A's columns) of a module's factors."""
-    out, size = module.matrix_shape(target)
+    out, size = matrix_shape(target)
     return (size, out) if isinstance(target, torch.nn.Embedding) else (out, size)
 
 
@@ -129,8 +129,8 @@ def test_starts_at_the_students_function(shop, tmp_path, adapter, init):
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama_tied"])
 def test_pissa_is_the_best_rank_r_part(family):
     student = zoo.build(family)
-    factors, given, frozen = module._new(student, replace(QUICK, init="pissa", alpha=4))
-    assert frozen and len(factors) == sum(1 for _ in module._targets(student, QUICK))
+    factors, given, frozen = baselines.new_factors(student, replace(QUICK, init="pissa", alpha=4))
+    assert frozen and len(factors) == sum(1 for _ in baselines.targets(student, QUICK))
     anatomy = describe(student)
     assert not anatomy.tied or anatomy.head not in factors
     for path, factor in factors.items():
@@ -255,6 +255,35 @@ def test_micro_batch_shrinks_until_it_fits(shop, tmp_path, monkeypatch):
     with pytest.raises(ResourceError, match="out of memory"):
         run(shop, tmp_path / "full", config=config)
     assert not (tmp_path / "full").exists()
+
+
+def test_budget_chooses_the_micro_batch(shop, tmp_path):
+    config = replace(QUICK, micro_batch=None, batch=8, max_steps=1)
+    with pytest.raises(InputError, match=r"smallest --budget that works is (\d+) MiB") as caught:
+        run(shop, tmp_path / "none", config=replace(config, budget="1MiB"))
+    assert not (tmp_path / "none").exists()
+    least = int(re.search(r"works is (\d+)", str(caught.value))[1])
+    report = run(shop, tmp_path / "out", config=replace(config, budget=f"{least + 200}MiB"))
+    assert report["micro_batch"] == 8
+    assert report["predicted_bytes"] <= report["budget"] == (least + 200) * 2**20
+    assert 0 < report["peak_bytes"] <= report["budget"]
+
+
+def test_a_tighter_budget_takes_fewer_rows(shop, tmp_path, monkeypatch):
+    from pkt_ext import training_needs
+
+    # an imaginary student of 100 MiB a row in 1000 MiB
+    monkeypatch.setattr(
+        training_needs.TrainingNeeds, "peak", lambda self, rows: (1000 + 100 * rows) * 2**20
+    )
+    config = replace(QUICK, micro_batch=None, batch=12, max_steps=1)
+    for budget, expected in (("1100MiB", 1), ("1400MiB", 4), ("1650MiB", 6), ("3000MiB", 6)):
+        out = tmp_path / budget
+        report = run(shop, out, config=replace(config, budget=budget))
+        assert report["micro_batch"] == expected
+        assert report["predicted_bytes"] == (1000 + 100 * expected) * 2**20
+    with pytest.raises(InputError, match="1.1 GiB"):
+        run(shop, tmp_path / "small", config=replace(config, budget="1099MiB"))
 
 
 def test_memory_short_while_attaching(shop, tmp_path, monkeypatch):

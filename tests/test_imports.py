@@ -19,6 +19,7 @@ FLOORS = [
     {"models"},
     {"streaming"},
     {"data", "adapter", "attached", "merge", "lora", "attribution"},
+    {"baselines", "training_needs"},
     {"methods", "finetune"},
     {"demo", "demo_world", "bench"},
     {"verbs"},

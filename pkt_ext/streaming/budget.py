@@ -101,8 +101,8 @@ def fit(
     if smallest.peak > limit:
         raise InputError(
             f"{format_bytes(limit)} of memory is too little: the smallest --budget that works is "
-            f"{smallest_that_works(smallest.peak)} (its {_largest_parts(smallest)}); lower --max-length "
-            "for less"
+            f"{smallest_that_works(smallest.peak)} ({_largest_parts(smallest)}); lower "
+            "--max-length for less"
         )
     best = smallest
 

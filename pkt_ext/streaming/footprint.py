@@ -149,10 +149,10 @@ def _measure_block(stream, block: nn.Module, names, call, shape, scored: bool) -
             with Tracker(given) as both:
                 scoring = _backward(block, hidden, gradient, args, kwargs, scored)
             # counted apart: the counter takes operations to pieces, which makes more tensors
-            with torch.no_grad(), _count_flops() as flops:
+            with torch.no_grad(), count_flops() as flops:
                 block(hidden, *args, **kwargs)
             forward_flops = flops.get_total_flops()
-            with _count_flops() as flops:
+            with count_flops() as flops:
                 _backward(block, hidden, gradient, args, kwargs, scored=False)
     return Footprint(
         parameters=count,
@@ -215,7 +215,8 @@ def _signature(leaf) -> object:
     return leaf if isinstance(leaf, int | float | str | bool | None) else type(leaf)
 
 
-def _count_flops() -> FlopCounterMode:
+def count_flops() -> FlopCounterMode:
+    """A counter of operations, attention on the CPU included."""
     ops = torch.ops.aten
     on_cpu = {  # torch knows the attention kernels of GPUs only
         ops._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
