@@ -86,7 +86,7 @@ def stream_sensitivity(
         PktError: what another process has raised.
     """
     batches = model.batches(samples, allotment.micro_batch)
-    scorer = _BlockScorer(model, on_block, on_restored, world)
+    scorer = BlockScorer(model, on_block, on_restored, world)
     with Pass(
         model,
         batches,
@@ -127,7 +127,7 @@ def sensitivity(model, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[st
         found.update({f"{path}.{name}": score for name, score in block.scores.items()})
 
     samples = [s for number, batch in enumerate(batches) for s in _samples(number, batch)]
-    scorer = _BlockScorer(stream, keep)
+    scorer = BlockScorer(stream, keep)
     size = max((len(batch["input_ids"]) for batch in batches), default=1)
     with Pass(stream, stream.batches(samples, size), scorer, keep_rows=True, show=False) as run:
         run.run()
@@ -149,7 +149,7 @@ def _samples(number: int, batch: Mapping[str, torch.Tensor]) -> list[Sample]:
     ]
 
 
-class _BlockScorer(Visitor):
+class BlockScorer(Visitor):
     """Scores of the block whose backward runs; `last` are those of what follows the last block."""
 
     def __init__(

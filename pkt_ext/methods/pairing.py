@@ -62,6 +62,15 @@ class Plan:
         sides += len(self.outer) * (self.student.hidden_size + self.student.vocab_size)
         return sides * rank * 4
 
+    def ranks(self, rank: int) -> dict[str, int]:
+        """Student module path -> rank of its factors; a fused module has its parts' together."""
+        found: dict[str, int] = {}
+        for block in self.student.blocks:
+            for _, theirs in self.cuts.values():
+                path = f"{block}.{theirs.module}"
+                found[path] = found.get(path, 0) + rank
+        return found | {getattr(self.student, name): rank for name in self.outer}
+
     def check_rank(self, rank: int, tokens: int | None = None) -> None:
         """Refuse a rank that some window to be factored cannot have.
 

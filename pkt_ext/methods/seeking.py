@@ -22,6 +22,7 @@ import logging
 import math
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,7 +39,7 @@ from pkt_ext.methods.windows import Clock, Cutter
 from pkt_ext.methods.workspace import reduction_bytes
 from pkt_ext.models.anatomy import describe
 from pkt_ext.settings import DTYPES, check_choices
-from pkt_ext.streaming.batches import with_distinct_ids
+from pkt_ext.streaming.batches import Sample, with_distinct_ids
 from pkt_ext.streaming.blocks import StreamedModel
 from pkt_ext.streaming.budget import fit, parse_bytes
 from pkt_ext.streaming.checkpoint import Checkpoint
@@ -229,24 +230,50 @@ def _prepare(
 ) -> _Job:
     teacher = Checkpoint.open(teacher, revision=config.teacher_revision)
     student = Checkpoint.open(student, revision=config.student_revision)
+    model, plan = pair(teacher, student, config, world.device(config.device))
+    speaks, tokens = tokenizer or teacher.tokenizer(), None
+    if plan.outer:
+        tokens = shared_tokens(plan, speaks, tokenizer or student.tokenizer(), config)
+    plan.check_rank(config.rank, None if tokens is None else len(tokens[0]))
+    encoded = encode_rows(data, speaks, model, config)
+    return _Job(teacher, student, model, plan, tokens, encoded)
+
+
+def pair(
+    teacher: Checkpoint, student: Checkpoint, config: SeekingConfig, device: torch.device
+) -> tuple[StreamedModel, Plan]:
+    """The teacher on `device`, and which part of it feeds which of the student's.
+
+    Raises:
+        InputError: models that cannot be streamed, or do not go together.
+    """
     dtype = getattr(torch, config.dtype) if config.dtype else teacher.dtype
-    model = StreamedModel(teacher, dtype=dtype, device=world.device(config.device))
+    model = StreamedModel(teacher, dtype=dtype, device=device)
     plan = pair_parts(
         model.anatomy,
         describe(student.skeleton(torch.float32)),
         roles=ATTENTION * config.attention + MLP * config.mlp,
         embeddings=config.embeddings,
     )
-    speaks, tokens = tokenizer or teacher.tokenizer(), None
-    if plan.outer:
-        tokens = _shared_tokens(plan, speaks, tokenizer or student.tokenizer(), config)
-    plan.check_rank(config.rank, None if tokens is None else len(tokens[0]))
-    length = config.max_length
-    if plan.teacher.position_embedding:  # learned positions end somewhere
-        length = min(length, teacher.config.max_position_embeddings)
-    encoded = encode(read_rows(data), speaks, max_length=length, prompt_format=config.prompt_format)
-    encoded = replace(encoded, samples=with_distinct_ids(encoded.samples))
-    return _Job(teacher, student, model, plan, tokens, encoded)
+    return model, plan
+
+
+def longest_row(model: StreamedModel, config: SeekingConfig) -> int:
+    """Tokens that are kept of a row."""
+    if model.anatomy.position_embedding:  # learned positions end somewhere
+        return min(config.max_length, model.checkpoint.config.max_position_embeddings)
+    return config.max_length
+
+
+def encode_rows(data, tokenizer, model: StreamedModel, config: SeekingConfig) -> Encoded:
+    """Seed rows as the teacher is given them; see `data.encode`."""
+    encoded = encode(
+        read_rows(data),
+        tokenizer,
+        max_length=longest_row(model, config),
+        prompt_format=config.prompt_format,
+    )
+    return replace(encoded, samples=with_distinct_ids(encoded.samples))
 
 
 def _open_progress(
@@ -279,7 +306,14 @@ def _cut(
     while True:
         samples = [s for s in job.encoded.samples if s.id not in {e["id"] for e in skipped}]
         share = world.share(samples)
-        predicted = _share_out(job, config, share, known.get("allotment"))
+        predicted = share_out(
+            job.model,
+            job.plan,
+            share,
+            config,
+            tokens=None if job.tokens is None else len(job.tokens[0]),
+            known=known.get("allotment"),
+        )
         allotment = predicted.allotment
         if kept is not None:
             kept.remember(
@@ -345,23 +379,35 @@ def _leave(unneeded: Progress | None, world: World, *, wait: bool) -> None:
         unneeded.remove()
 
 
-def _share_out(job: _Job, config: SeekingConfig, samples, known: dict | None) -> Prediction:
-    """How the pass shares out its memory; `known`: what touches the rounding, as it began."""
+def share_out(
+    model: StreamedModel,
+    plan: Plan,
+    samples: Sequence[Sample],
+    config: SeekingConfig,
+    *,
+    tokens: int | None = None,
+    known: dict | None = None,
+    device: torch.device | None = None,
+) -> Prediction:
+    """How an extraction shares out its memory, and what it is predicted to take.
+
+    Args:
+        tokens: vocabulary rows of embedding and head that are cut; None: all.
+        known:  of an interrupted run, what touches the rounding.
+        device: where that is not the model's; see `budget.fit`.
+    Raises:
+        InputError: the budget is too small; names the smallest that works.
+    """
     return fit(
-        job.model,
+        model,
         samples,
         config.budget and parse_bytes(config.budget),
         micro_batch=config.micro_batch,
-        extra=reduction_bytes(
-            job.plan,
-            job.model,
-            config.rank,
-            config.svd,
-            None if job.tokens is None else len(job.tokens[0]),
-        ),
-        outer=bool(job.plan.outer),
-        durable=job.teacher.folder is not None,
+        extra=reduction_bytes(plan, model, config.rank, config.svd, tokens, device),
+        outer=bool(plan.outer),
+        durable=model.checkpoint.folder is not None,
         fixed=known,
+        device=device,
     )
 
 
@@ -459,9 +505,16 @@ def _costs(config: SeekingConfig, passed: PassReport, predicted: Prediction) -> 
     }
 
 
-def _shared_tokens(plan: Plan, teacher, student, config: SeekingConfig):
-    """(teacher ids, student ids) of the tokens both have; None where the vocabularies agree."""
-    pairs = match_vocabularies(teacher, student)
+def shared_tokens(plan: Plan, teacher, student, config: SeekingConfig):
+    """(teacher ids, student ids) of the tokens both have; None where the vocabularies agree.
+
+    Args:
+        teacher, student: their tokenizers; None where only sizes are known: all that could be
+            shared are.
+    Raises:
+        InputError: they differ and shared ones are not asked for, or there are none.
+    """
+    pairs = match_vocabularies(teacher, student) if teacher and student else None
     sizes = plan.teacher.vocab_size, plan.student.vocab_size
     if pairs is None and sizes[0] == sizes[1]:
         return None

@@ -15,7 +15,12 @@ _SLAB = 4096  # rows that windows.Cutter._factor looks at for NaN at once
 
 
 def reduction_bytes(
-    plan: Plan, stream: StreamedModel, rank: int, mode: str, tokens: int | None = None
+    plan: Plan,
+    stream: StreamedModel,
+    rank: int,
+    mode: str,
+    tokens: int | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, int]:
     """Phase of a pass -> bytes that its reduction takes at the largest matrix.
 
@@ -23,8 +28,9 @@ def reduction_bytes(
         stream: the teacher.
         rank, mode: of `ops.lora_factors`.
         tokens: vocabulary rows of embedding and head that are cut; None: all.
+        device: where that is not the teacher's; see `budget.fit`.
     """
-    dtype, device = stream.dtype, stream.device
+    dtype, device = stream.dtype, device or stream.device
     found = {"write": 3 * plan.adapter_bytes(rank)}
     cuts = [
         _cut(mine, theirs.shape, rank, mode, dtype, device) for mine, theirs in plan.cuts.values()

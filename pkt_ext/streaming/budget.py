@@ -67,6 +67,7 @@ def fit(
     outer: bool = True,
     durable: bool = True,
     fixed: Mapping[str, int | None] | None = None,
+    device: torch.device | None = None,
 ) -> Prediction:
     """The allotment that makes the most of a budget, and what it is predicted to take.
 
@@ -83,13 +84,16 @@ def fit(
         outer:       embedding and head will be scored.
         durable:     activations are written to disk whether or not they are kept.
         fixed:       {"micro_batch", "head_rows"} of an interrupted run, which are not to change.
+        device:      to fit into, where that is not the model's: one that need not be here, for a
+                     model on the CPU and with a budget given.
     Raises:
         InputError: the budget is too small; names the smallest that works.
     """
     if stream.device.type == "cpu":
         give_back_freed_memory()
-    needs = Needs(stream, samples, dict(extra or {}), outer=outer, durable=durable)
-    limit = available_bytes(stream.device) if budget is None else budget
+    device = device or stream.device
+    needs = Needs(stream, samples, dict(extra or {}), outer=outer, durable=durable, device=device)
+    limit = available_bytes(device) if budget is None else budget
     sizes, heads = _sizes(micro_batch), needs.head_sizes()
     if fixed is not None:
         sizes, heads = [fixed["micro_batch"]], [fixed["head_rows"]]
@@ -120,8 +124,8 @@ def fit(
     for size in reversed(sizes[1:]):
         if try_(micro_batch=size):
             break
-    if stream.device.type == "cuda" or not durable:
-        if stream.device.type == "cuda":
+    if device.type == "cuda" or not durable:
+        if device.type == "cuda":
             best = replace(best, allotment=replace(best.allotment, host_bytes=_host_bytes()))
         low, high = 0, needs.boundary_bytes(best.allotment.micro_batch)
         if not try_(activation_bytes=high):
@@ -131,7 +135,7 @@ def fit(
     for count in range(len(stream.block_names), 0, -1):
         if try_(resident=count):
             break
-    return best
+    return replace(best, least=smallest.peak)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -8,6 +8,7 @@ makes around them is counted here, from the code of passes, store, readout and a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pkt_ext.streaming.budget import Allotment
 
 SLACK = 32 * 2**20  # CPU: buffers of the matrix products and thread pools, measured
+LIBRARY = 42 * 2**20  # CPU: bitsandbytes, where it is still to be imported
 CONTEXT = 600 * 2**20  # CUDA: context and libraries' workspaces, outside of the allocator
 OUTER_CHUNK = 2**23  # elements of the head that attribution.outer scores at once
 _SCORE = 4  # bytes of a score
@@ -43,6 +45,9 @@ class Prediction:
         shape:     (B, T) of the largest micro-batch.
         spilled:   bytes of activations that are on disk at once.
         written:   bytes of activations written to disk in all.
+        read:      phase -> bytes of weights, as stored, that are brought in.
+        flops:     phase -> operations, but for cutting and factoring.
+        least:     peak bytes of the allotment that takes least.
     """
 
     allotment: Allotment
@@ -50,6 +55,9 @@ class Prediction:
     shape: tuple[int, int]
     spilled: int
     written: int
+    read: dict[str, int]
+    flops: dict[str, int]
+    least: int = 0
 
     @property
     def peaks(self) -> dict[str, int]:
@@ -73,12 +81,16 @@ class _Work:
     rows_all: int
     most_targets: int  # of one sample
     footprints: list[Footprint]
+    tokens: int  # of all micro-batches, with their padding
     arguments: int  # bytes of masks and rotary tables, kept
     recording: int  # bytes of making them
 
 
 class Needs:
-    """Bytes of a pass by phase, for any allotment; the arguments are those of `budget.fit`."""
+    """Bytes of a pass by phase, for any allotment; the arguments are those of `budget.fit`.
+
+    For a device that is not here the model is on the CPU, where its blocks are measured.
+    """
 
     def __init__(
         self,
@@ -88,8 +100,10 @@ class Needs:
         *,
         outer: bool,
         durable: bool,
+        device: torch.device | None = None,
     ):
         self.stream, self.samples, self.extra = stream, samples, extra
+        self.device = device or stream.device
         self.outer, self.durable = outer, durable
         self._work: dict[int, _Work] = {}
         self.itemsize = stream.dtype.itemsize
@@ -101,7 +115,11 @@ class Needs:
         self.small = self._weights(n for n in stream.last_names if n != head)
         self.first = self._weights(n for n in stream.first_names if n != stream.embedding_name)
         measured = self.work(1)  # what measuring loads is there from now on
-        self.process = resident_bytes() + SLACK if stream.device.type == "cpu" else CONTEXT
+        self.process = CONTEXT
+        if self.device.type == "cpu":
+            self.process = resident_bytes() + SLACK
+            if stream.checkpoint.quantisation and "bitsandbytes" not in sys.modules:
+                self.process += LIBRARY
         self.scores = [_SCORE * f.parameters for f in measured.footprints]
 
     def head_sizes(self) -> list[int | None]:
@@ -142,6 +160,7 @@ class Needs:
             rows_all=sum(map(sum, targets)),
             most_targets=max(map(max, targets)),
             footprints=footprints,
+            tokens=sum(b.input_ids.numel() for b in batches),
             arguments=sum(r.kept for r in recordings),
             recording=max(r.peak for r in recordings),
         )
@@ -155,7 +174,7 @@ class Needs:
         # read back, or on their way to the disk behind the work
         spills = allotment.activation_bytes < most
         moving = work.hidden if spills else 0
-        if self.durable and self.stream.device.type == "cuda":
+        if self.durable and self.device.type == "cuda":
             moving = work.hidden
         weights = self._resident_weights(allotment)
         scores, graph = max(self.scores), [f.backward for f in work.footprints]
@@ -207,6 +226,8 @@ class Needs:
             work.shape,
             spilled=most if self.durable else max(0, most - allotment.activation_bytes),
             written=self._written(work, allotment.activation_bytes),
+            read=self._read(allotment),
+            flops=self._flops(work, allotment.head_rows),
         )
 
     def _weights(self, names: Iterable[str]) -> int:
@@ -215,8 +236,46 @@ class Needs:
         return sum(
             prod(checkpoint.shape(name)) * self.itemsize
             for name in names
-            if not checkpoint.is_mapped(name, stream.dtype, stream.device)
+            if not checkpoint.is_mapped(name, stream.dtype, self.device)
         )
+
+    def _read(self, allotment: Allotment) -> dict[str, int]:
+        """Each block twice, but once where it stays; the head by parts twice."""
+        stream, stored = self.stream, self.stream.checkpoint.bytes_of
+        blocks = [stored(names) for names in stream.block_names]
+        head, embedding = stored([stream.head_name]), stored([stream.embedding_name])
+        first = stored(n for n in stream.first_names if n != stream.embedding_name)
+        last = stored(n for n in stream.last_names if n != stream.head_name)
+        rows = first + embedding * self.tokens // self.vocab
+        stays = len(blocks) - min(allotment.resident, len(blocks))
+        found = {
+            "record": rows,
+            "forward": sum(blocks),
+            "tail": last + head * (1 if allotment.head_rows is None else 2),
+            "backward": sum(blocks[:stays]),
+        }
+        if self.outer:  # scored, then factored
+            found["outer"] = rows + head + (head + embedding if "outer" in self.extra else 0)
+        return found
+
+    def _flops(self, work: _Work, head_rows: int | None) -> dict[str, int]:
+        """Every token at the price of one in the largest micro-batch, where attention is dearest.
+
+        The products with the head are two, for logits and gradient; scoring takes two more, and a
+        head in parts has its logits computed twice.
+        """
+        share = work.tokens / prod(work.shape)
+        forward = sum(f.forward_flops for f in work.footprints)
+        backward = sum(f.backward_flops + f.scoring_flops for f in work.footprints)
+        product = 2 * work.rows_all * self.vocab * self.width
+        found = {
+            "forward": int(share * forward),
+            "tail": product * (2 if head_rows is None else 3),
+            "backward": int(share * (forward + backward)),
+        }
+        if self.outer:
+            found["outer"] = 2 * product
+        return found
 
     def _head(self, rows: int | None) -> int:
         if rows is None:
@@ -283,7 +342,7 @@ class Needs:
         return work.hidden if self.stream.dtype == torch.float16 else 0
 
     def _logits(self, rows: int, vocabulary: int) -> int:
-        limit = LOGITS[self.stream.device.type]
+        limit = LOGITS[self.device.type]
         count = min(rows, max(1, limit // vocabulary)) * vocabulary
         return count * (_CAPPED if self.stream.anatomy.logit_softcap else _TEMPORARIES)
 

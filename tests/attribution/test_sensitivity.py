@@ -9,7 +9,7 @@ from torch import nn
 
 from pkt_ext import ops
 from pkt_ext.attribution.outer import score_outer
-from pkt_ext.attribution.sensitivity import _BlockScorer, sensitivity, stream_sensitivity
+from pkt_ext.attribution.sensitivity import BlockScorer, sensitivity, stream_sensitivity
 from pkt_ext.errors import InputError, NonFiniteError
 from pkt_ext.streaming.blocks import StreamedModel
 from pkt_ext.streaming.budget import Allotment
@@ -195,7 +195,7 @@ def test_sums_and_full_scores_together(family, restricted, dense, monkeypatch):
     counts = torch.zeros(zoo.VOCAB, 1)
     counts[slice(None) if tokens is None else tokens] = 1
     stream, outer, full = StreamedModel(Checkpoint.open(model)), [], {}
-    scorer = _BlockScorer(stream, lambda block: None)
+    scorer = BlockScorer(stream, lambda block: None)
     with Pass(stream, stream.batches(rows, 2), scorer, keep_rows=True, show=False) as run:
         run.run()
         score_outer(run, outer.append, tokens=tokens, full=full)
