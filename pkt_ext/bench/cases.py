@@ -12,9 +12,10 @@ from pkt_ext.bench.low_rank import LowRank
 from pkt_ext.bench.max_window import Window
 from pkt_ext.bench.sensitivity import Elementwise, Linear
 from pkt_ext.bench.small_svd import CholeskyInverse, Svd
+from pkt_ext.bench.streaming import Streamed
 from pkt_ext.errors import InputError
 
-Spec = Elementwise | Linear | Window | LowRank | Svd | CholeskyInverse
+Spec = Elementwise | Linear | Window | LowRank | Svd | CholeskyInverse | Streamed
 
 SIZES = ("small", "default", "full")  # full has the default's cases too
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -39,6 +40,7 @@ _SMALL: dict[str, list[Spec]] = {  # seconds for all: CI runs them
     "max_window": [Window("tiny", 160, 160, 128, 128)],
     "low_rank": [LowRank("tiny", 640, 576, 8, "spiked", stride=1200)],
     "small_svd": [Svd("tiny", 3, 20), CholeskyInverse("tiny", 3, 20)],
+    "streaming": [Streamed("tiny", 64, 96, 2, 300, 2, 20)],
 }
 _SMALL_SVDS = [  # a Krylov basis of one LoRA rank 16 extraction, for every matrix of a kind
     Svd("32 Lanczos cores", 32, 96),
@@ -70,6 +72,7 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
             LowRank("llama2-13b.up_proj window", 11008, 4096, 16, "spiked", 5120),
         ],
         "small_svd": _SMALL_SVDS,
+        "streaming": [Streamed("llama, 14 M weights", 512, 1408, 2, 8000, 4, 128)],
     },
     ("cpu", "full"): {
         "sensitivity": [
@@ -88,6 +91,11 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
             LowRank("llama2-7b.embed_tokens", 4096, 32000, 16, "spiked"),
         ],
         "small_svd": _MORE_SMALL_SVDS,
+        "streaming": [
+            Streamed("llama, 43 M weights", 768, 2048, 4, 16000, 4, 128),
+            Streamed("llama, 0.5 G weights", 2048, 5632, 8, 32000, 4, 256),
+            Streamed("llama, 0.5 G weights, bf16", 2048, 5632, 8, 32000, 4, 256, BF16),
+        ],
     },
     ("cuda", "default"): {
         "sensitivity": [
@@ -100,6 +108,7 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
         "max_window": _WINDOWS,
         "low_rank": [LowRank("8 llama2-13b.up_proj windows", 11008, 4096, 16, "spiked", 5120, 8)],
         "small_svd": _SMALL_SVDS,
+        "streaming": [Streamed("4 llama2-13b blocks", 5120, 13824, 4, 32000, 4, 512, BF16)],
     },
     ("cuda", "full"): {
         "sensitivity": [
@@ -121,6 +130,7 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
             LowRank("llama2-7b.embed_tokens", 4096, 32000, 16, "spiked"),
         ],
         "small_svd": _MORE_SMALL_SVDS,
+        "streaming": [Streamed("4 llama3-70b blocks", 8192, 28672, 4, 128256, 4, 512, BF16)],
     },
 }
 

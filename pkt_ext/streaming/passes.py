@@ -182,6 +182,10 @@ class Pass:
             for index in reversed(range(last - max(0, done - last - 1))):
                 self._backward(index)
 
+    def first_gradient(self, number: int) -> torch.Tensor:
+        """After `run`: gradient [B, T, D] by a micro-batch's first hidden states; scaled."""
+        return self.store.get(_gradient(0), number)
+
     def first_gradients(self) -> Iterator[tuple[int, int, dict[str, tuple[torch.Tensor, ...]]]]:
         """After `run`: the gradients of what makes the first hidden states, sample by sample.
 
@@ -201,7 +205,7 @@ class Pass:
                 table.sparse = True
             try:
                 for number, batch in enumerate(self.batches):
-                    gradient = self.store.get(_gradient(0), number)
+                    gradient = self.first_gradient(number)
                     numbers = self._numbers(batch)
                     for row in range(len(batch.ids)):
                         real = (slice(row, row + 1), slice(batch.lengths[row]))
