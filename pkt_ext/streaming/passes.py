@@ -25,11 +25,13 @@ import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import nn
 
 from pkt_ext.errors import InputError, NonFiniteError
+from pkt_ext.models.recompute import Recomputation
 from pkt_ext.streaming.bar import BlockBar
 from pkt_ext.streaming.batches import Batch
 from pkt_ext.streaming.blocks import StreamedModel
@@ -124,6 +126,7 @@ class Pass:
         self._reader = Reader(stream, self.meter, ahead=self.allotment.ahead)
         self._kept: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}  # resident blocks
         self._blocks = stream.blocks
+        self._recompute = Recomputation()
         self._calls: list[list[tuple[tuple, dict]]] = []  # by micro-batch, by block
         self._pool: dict[tuple, list[torch.Tensor]] = {}
         self._scaled = stream.dtype == torch.float16
@@ -387,7 +390,8 @@ class Pass:
             hidden = self.store.get(_hidden(index), number).detach().requires_grad_()
             gradient = self.store.get(_gradient(index + 1), number)
             with self.visitor.backward(index, block, batch), torch.enable_grad():
-                output = self._call(index, number, hidden)
+                call = partial(self._call, index, number, hidden)
+                output = self._recompute(block, call)
                 torch.autograd.backward(output, gradient * 2.0**shift if shift else gradient)
                 del output
             self._check(hidden.grad, batch, where, names, "gradients")
