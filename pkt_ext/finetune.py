@@ -278,7 +278,8 @@ def training_dtype(config: FinetuneConfig, device: str) -> torch.dtype:
     if config.dtype:
         return getattr(torch, config.dtype)
     if device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
+        return torch.float16 if old else torch.bfloat16
     return torch.float32
 
 
@@ -307,12 +308,17 @@ def _loading(config: FinetuneConfig, device: str) -> dict:
 # --- the training itself --------------------------------------------------------------------------
 
 
+def micro_batches(config: FinetuneConfig, device: str) -> list[int]:
+    """Micro-batches to choose from, the largest first: divisors of the batch."""
+    largest = config.micro_batch or _LARGEST_MICRO_BATCH[device]
+    return [n for n in range(largest, 0, -1) if config.batch % n == 0]
+
+
 def _sizes(
     student, factors, given, frozen, encoded, config, device
 ) -> tuple[list[int], int | None]:
     """(micro-batches to try, the largest first; bytes predicted of it where there is a budget)."""
-    largest = config.micro_batch or _LARGEST_MICRO_BATCH[device]
-    sizes = [n for n in range(largest, 0, -1) if config.batch % n == 0]
+    sizes = micro_batches(config, device)
     if config.budget is None:
         return [config.micro_batch] if config.micro_batch else sizes, None
     from pkt_ext.training_needs import needs_of
@@ -326,12 +332,10 @@ def _sizes(
         ranks=factors and {path: factor.rank for path, factor in factors.items()},
         frozen=frozen or (factors is None and config.init == "pissa"),
         dropout=given.dropout if given and config.dropout is None else config.dropout,
-        in_place=isinstance(student, torch.nn.Module) and student.device.type == device,
     )
     limit = parse_bytes(config.budget)
-    for size in sizes:
-        if needs.peak(size) <= limit:
-            return [size], needs.peak(size)
+    if size := needs.largest(sizes, limit):
+        return [size], needs.peak(size)
     raise InputError(
         f"{format_bytes(limit)} of memory is too little to train in; the smallest --budget that "
         f"works is {smallest_that_works(needs.peak(1))}; a lower --max-length takes less"

@@ -9,8 +9,9 @@ what the second one added. Weights, adapter and AdamW's moments are counted.
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ from pkt_ext.streaming.footprint import Tracker, count_flops
 from pkt_ext.streaming.meter import resident_bytes
 from pkt_ext.streaming.needs import CONTEXT, SLACK
 
+TRAINER = 44 * 2**20  # CPU: transformers' Trainer, where it is still to be imported
+
 
 @dataclass(frozen=True)
 class TrainingPlan:
@@ -32,12 +35,11 @@ class TrainingPlan:
     targets: Mapping[str, int]  # module path -> rank of its adapter
     length: int  # tokens of the longest row
     dtype: torch.dtype
-    device: str  # "cpu" or "cuda"
+    device: str  # "cpu" or "cuda", which need not be here
     frozen: bool  # a frozen half lies beside each adapter: a Seeking start
     dropout: float
     checkpointing: bool
-    packed_weights: int | None = None  # bytes where they are quantised; None: dtype's
-    loaded: bool = False  # the student's weights are in memory already
+    weights: int  # bytes that the student's take; none where they are mapped, or there already
 
 
 class TrainingNeeds:
@@ -48,32 +50,30 @@ class TrainingNeeds:
         layers = plan.config.num_hidden_layers
         # blocks of two kinds take turns in some models: two at a time there
         stride = 2 if len(set(getattr(plan.config, "layer_types", None) or ())) > 1 else 1
-        one, two = (
-            [_step(plan, min(n, layers), rows)[0] for rows in (1, 2)] for n in (stride, 2 * stride)
-        )
-        more = (layers - stride) / stride
+        few, many = min(stride, layers), min(2 * stride, layers)
+        one, two = ([_step(plan, n, rows)[0] for rows in (1, 2)] for n in (few, many))
+        more = (layers - few) / (many - few) if layers > few else 0
         whole = [a + (b - a) * more for a, b in zip(one, two, strict=True)]
         self._each = whole[1] - whole[0]  # of one row
         self._fixed = whole[0] - self._each
         model = _skeleton(plan, layers)
-        self.weights = sum(p.numel() for p in model.parameters()) * plan.dtype.itemsize
         shapes = {path: matrix_shape(model.get_submodule(path)) for path in plan.targets}
-        if plan.packed_weights is not None:
-            self.weights = plan.packed_weights
-        if plan.loaded:
-            self.weights = 0
         self.adapter_parameters = sum(r * sum(shapes[path]) for path, r in plan.targets.items())
-        flops = [_step(plan, n * stride, 1, flops=True)[1] for n in (1, 2)]
+        flops = [_step(plan, n, 1, flops=True)[1] for n in (few, many)]
         self.flops_per_row = int(flops[0] + (flops[1] - flops[0]) * more)
         # what measuring has loaded is there from now on
-        self.process = resident_bytes() + SLACK if plan.device == "cpu" else CONTEXT
+        self.process = CONTEXT
+        if plan.device == "cpu":
+            self.process = resident_bytes() + SLACK
+            if "transformers.trainer" not in sys.modules:
+                self.process += TRAINER
 
     def predict(self, micro_batch: int) -> dict[str, int]:
         """Ingredient -> bytes; the peak is their sum."""
         halves = 2 if self.plan.frozen else 1
         return {
             "process": self.process,
-            "weights": self.weights,
+            "weights": self.plan.weights,
             "adapter": 4 * self.adapter_parameters * halves,
             "optimizer": 8 * self.adapter_parameters,  # AdamW's two moments
             "activations and gradients": int(self._fixed + self._each * micro_batch),
@@ -82,6 +82,10 @@ class TrainingNeeds:
     def peak(self, micro_batch: int) -> int:
         """Bytes at most."""
         return sum(self.predict(micro_batch).values())
+
+    def largest(self, sizes: Sequence[int], limit: int) -> int | None:
+        """The first of these micro-batches that takes no more than `limit` bytes."""
+        return next((size for size in sizes if self.peak(size) <= limit), None)
 
 
 def needs_of(
@@ -94,7 +98,6 @@ def needs_of(
     ranks: Mapping[str, int] | None = None,
     frozen: bool = False,
     dropout: float | None = None,
-    in_place: bool = False,
 ) -> TrainingNeeds:
     """What training a student takes; no weight is read.
 
@@ -106,16 +109,21 @@ def needs_of(
         ranks:    {module path: rank} of an adapter that is there; None: a new one's.
         frozen:   it is a Seeking start (or PiSSA's): a frozen half goes with it.
         dropout:  of the adapter; None: a new one's.
-        in_place: the student is a model in memory, on the device.
     """
     dtype = checkpoint.dtype if checkpoint.folder is None else dtype
     skeleton = checkpoint.skeleton(dtype)
-    packed = None
+    parameters = dict(skeleton.named_parameters())
     if config.load_in_4bit:  # NF4: half a byte, and a twice quantised scale for 64 of them
         blocks = tuple(f"{path}." for path in describe(skeleton).blocks)
-        packed = sum(
+        weights = sum(
             int(0.516 * p.numel()) if n.startswith(blocks) and p.ndim == 2 else 2 * p.numel()
-            for n, p in skeleton.named_parameters()
+            for n, p in parameters.items()
+        )
+    else:
+        weights = sum(
+            p.numel() * dtype.itemsize
+            for n, p in parameters.items()
+            if not checkpoint.is_mapped(n, dtype, device)
         )
     return TrainingNeeds(
         TrainingPlan(
@@ -127,8 +135,7 @@ def needs_of(
             frozen=frozen,
             dropout=0.05 if dropout is None else dropout,
             checkpointing=config.gradient_checkpointing,
-            packed_weights=packed,
-            loaded=in_place,
+            weights=weights,
         )
     )
 
@@ -165,15 +172,17 @@ def _step(plan: TrainingPlan, layers: int, rows: int, flops: bool = False) -> tu
         model = plain_peft_model(student, factors, dict.fromkeys(factors, 1.0), plan.dropout)
         if plan.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+    # torch cannot differentiate on a device that is not here; the tensors have the same sizes
+    device = plan.device if plan.device == "cpu" or torch.cuda.is_available() else "cpu"
     with FakeTensorMode():
-        _fake(model, plan.device)
-        ids = torch.zeros(rows, plan.length, dtype=torch.int64, device=plan.device)
+        _fake(model, device)
+        ids = torch.zeros(rows, plan.length, dtype=torch.int64, device=device)
         mask = torch.ones_like(ids)
         half = plan.dtype != torch.float32 and not (
             plan.device == "cpu" and plan.dtype == torch.float16
         )
         watch = count_flops() if flops else Tracker([*model.parameters(), *model.buffers()])
-        with watch, torch.autocast(plan.device, dtype=plan.dtype if half else None, enabled=half):
+        with watch, torch.autocast(device, dtype=plan.dtype if half else None, enabled=half):
             loss = model(input_ids=ids, attention_mask=mask, labels=ids).loss
             loss.backward()
     return (0, watch.get_total_flops()) if flops else (watch.peak, 0)

@@ -176,7 +176,8 @@ def workspace_bytes(
     small, large = sorted(shape)
     if mode == "exact" or small <= max(_SMALL, 8 * plan.widest):
         # float32 copies for and by LAPACK's gesdd, both factors, and its own work
-        return 4 * (3 * small * large + 5 * small * small)
+        copies = 2 if dtype == torch.float32 else 3
+        return 4 * (copies * small * large + 5 * small * small)
     return bytes_needed(shape, plan, 8 if dtype == torch.float64 else 4)
 
 
