@@ -84,6 +84,34 @@ def any_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def serve(tmp_path, monkeypatch):
+    """folder -> the Hub that has it, which is the one asked from now on, with an empty cache."""
+    import huggingface_hub
+    from fake_hub import Hub
+
+    servers = []
+
+    def start(folder):
+        hub = Hub(folder)
+        servers.append(hub.server)
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache{len(servers)}"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        huggingface_hub.close_session()
+        return hub
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+    huggingface_hub.close_session()
+
+
 def pytest_report_header(config):
     count = torch.cuda.device_count()
     return f"CUDA devices: {count}" + ("" if count else " (tests on cuda are skipped)")

@@ -1,114 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Headers without weights, from a small server that plays the Hub and counts what it gives."""
+"""Headers without weights, from a server that plays the Hub."""
 
-import http.server
 import json
-import re
-import threading
 
 import huggingface_hub
 import model_zoo
 import pytest
 import torch
 import transformers as hf
+from fake_hub import RANGE
 from safetensors.torch import save_file
 
 from pkt_ext.errors import InputError
 from pkt_ext.streaming.checkpoint import Checkpoint
-
-COMMIT = "c" * 40
-RANGE = 100_001  # bytes of a first request, of which a header is the beginning
-
-
-class Hub:
-    """One repository, someone/model, at one commit."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        self.files = {path.name: path.read_bytes() for path in folder.iterdir()}
-        self.given: list[tuple[str, str, int]] = []  # (method, path, bytes of the body)
-        self.status, self.error = 200, {}
-        hub = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_HEAD(self):
-                self.answer(*hub.answer(self.path, None), head=True)
-
-            def do_GET(self):
-                self.answer(*hub.answer(self.path, self.headers.get("range")))
-
-            def answer(self, status, headers, body, head=False):
-                hub.given.append((self.command, self.path, 0 if head else len(body)))
-                self.send_response(status)
-                for name, value in headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if not head:
-                    self.wfile.write(body)
-
-            def log_message(self, *args):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def answer(self, path, wanted):
-        if self.status != 200:
-            return self.status, self.error, b""
-        tree = [
-            {"type": "file", "path": name, "size": len(body), "oid": name}
-            for name, body in self.files.items()
-        ]
-        info = {"id": "someone/model", "sha": COMMIT}
-        for start, content in (("revision/main", info), (f"tree/{COMMIT}?", tree)):
-            if path.startswith(f"/api/models/someone/model/{start}"):
-                return 200, {"Content-Type": "application/json"}, json.dumps(content).encode()
-        name = path.rpartition("/")[2]
-        if path != f"/someone/model/resolve/{COMMIT}/{name}" or name not in self.files:
-            return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT}, b""
-        body = self.files[name]
-        headers = {"ETag": f'"{name}"', "X-Repo-Commit": COMMIT}
-        if wanted is None:
-            return 200, headers, body
-        first, last = map(int, re.fullmatch(r"bytes=(\d+)-(\d+)", wanted).groups())
-        return 206, headers, body[first : last + 1]
-
-    def bytes_of(self, suffix):
-        return sum(size for _, path, size in self.given if path.endswith(suffix))
-
-    def requests(self):
-        """(method, file) of every request for a file."""
-        return [(m, path.rpartition("/")[2]) for m, path, _ in self.given if "/resolve/" in path]
-
-
-@pytest.fixture
-def serve(tmp_path, monkeypatch):
-    """folder -> the Hub that has it, which is the one asked from now on, with an empty cache."""
-    servers = []
-
-    def start(folder):
-        hub = Hub(folder)
-        servers.append(hub.server)
-        constants = huggingface_hub.constants
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"cache{len(servers)}"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        huggingface_hub.close_session()
-        return hub
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-    huggingface_hub.close_session()
-
 
 SIZES = dict(vocab=4096, hidden=128, ffn=512, layers=4)  # 6 MB in float32
 
