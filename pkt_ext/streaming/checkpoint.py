@@ -228,11 +228,11 @@ class Checkpoint:
                 )
             else:
                 matched[name] = stored
-        with Files() as files:
-            for name in packed:
-                transposed = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
-                shape = tuple(expected[name].shape)
-                matched[name] = fit(matched[name], shape, transposed, files)
+        files = Files()
+        for name in packed:
+            transposed = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+            shape = tuple(expected[name].shape)
+            matched[name] = fit(matched[name], shape, transposed, files)
         groups: dict[int, list[str]] = {}
         for name, parameter in expected.items():
             groups.setdefault(id(parameter), []).append(name)
@@ -266,6 +266,11 @@ class Checkpoint:
         distinct = {(s.file, s.key): s for s in map(self._find, names)}
         return sum(stored.bytes for stored in distinct.values())
 
+    @property
+    def to_download(self) -> int:
+        """Bytes of the tensors of which only the headers were fetched."""
+        return sum(stored.bytes for stored in self._stored.values() if stored.remote)
+
     def load(
         self,
         names: Iterable[str],
@@ -287,10 +292,8 @@ class Checkpoint:
             RuntimeError: only headers were fetched.
         """
         # one mapping per call, gone with its tensors: memory and file handles follow the caller
-        with Files() as files:
-            return {
-                name: self._read(files, self._find(name), dtype, device, move) for name in names
-            }
+        files = Files()
+        return {name: self._read(files, self._find(name), dtype, device, move) for name in names}
 
     def rows(
         self,
@@ -319,20 +322,20 @@ class Checkpoint:
         if len(stored.shape) != 2:
             raise ValueError(f"{name} is {list(stored.shape)}, not a matrix")
         index = _row_numbers(index, stored.shape[0], name)
-        with Files() as files:
-            if stored.packed is not None:
-                return self._read(files, stored, dtype, device, move, index)
-            tensor = files.tensor(stored)
-            if isinstance(index, slice):
-                tensor = tensor[index]
-                self._bring(tensor, stored.file)
-                moved = (move(tensor) if move else tensor.to(device)).to(dtype)
-                return moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
-            if stored.file is not None:
-                for row in index.unique().tolist():
-                    self._bring(tensor[row], stored.file)
-            chosen = tensor.index_select(0, index.to(tensor.device))
-            return (move(chosen) if move else chosen.to(device)).to(dtype)
+        files = Files()
+        if stored.packed is not None:
+            return self._read(files, stored, dtype, device, move, index)
+        tensor = files.tensor(stored)
+        if isinstance(index, slice):
+            tensor = tensor[index]
+            self._bring(tensor, stored.file)
+            moved = (move(tensor) if move else tensor.to(device)).to(dtype)
+            return moved.clone() if moved.data_ptr() == tensor.data_ptr() else moved
+        if stored.file is not None:
+            for row in index.unique().tolist():
+                self._bring(tensor[row], stored.file)
+        chosen = tensor.index_select(0, index.to(tensor.device))
+        return (move(chosen) if move else chosen.to(device)).to(dtype)
 
     def is_mapped(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> bool:
         """Whether `load` of this parameter costs no memory of its own.
@@ -429,13 +432,11 @@ class Checkpoint:
     def _equal(self, one: Stored, two: Stored) -> bool:
         if one.remote or two.remote:
             return True
-        with Files() as files:
-            first, second = (
-                self._read(
-                    files, stored, self.dtype if stored.packed else stored.dtype, "cpu", None
-                )
-                for stored in (one, two)
-            )
+        files = Files()
+        first, second = (
+            self._read(files, stored, self.dtype if stored.packed else stored.dtype, "cpu", None)
+            for stored in (one, two)
+        )
         return first.data_ptr() == second.data_ptr() or torch.equal(first, second)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import mmap
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -55,6 +56,7 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype | str
     file: Path | None = None
+    offset: int | None = None  # bytes from the file's start
     tensor: torch.Tensor | None = None
     stamp: tuple[int, int] | None = None  # the file's size and time of change when opened
     remote: bool = False  # only the header was fetched
@@ -158,11 +160,15 @@ def _is_gguf(folder: Path, name: str) -> bool:
 
 def _read_header(path: Path) -> Iterable[Stored]:
     stamp = _stamp(path)
-    with reading(path) as handle:
-        for key in handle.keys():  # noqa: SIM118 - not a dict
-            part = handle.get_slice(key)
-            dtype = DTYPES.get(part.get_dtype(), part.get_dtype())
-            yield Stored(key, tuple(part.get_shape()), dtype, file=path, stamp=stamp)
+    with _named(path), path.open("rb") as file:
+        with safe_open(path, framework="np"):  # checks it; as "pt" it would map it, see Files
+            size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    for key, entry in header.items():
+        if key != "__metadata__":
+            dtype, shape = DTYPES.get(entry["dtype"], entry["dtype"]), tuple(entry["shape"])
+            offset = 8 + size + entry["data_offsets"][0]
+            yield Stored(key, shape, dtype, file=path, offset=offset, stamp=stamp)
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -192,13 +198,6 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def reading(path: Path):
-    """An open safetensors file; what goes wrong names the file."""
-    with _named(path), safe_open(path, framework="pt") as handle:
-        yield handle
-
-
-@contextlib.contextmanager
 def _named(path: Path):
     try:
         yield
@@ -209,20 +208,17 @@ def _named(path: Path):
 
 
 class Files:
-    """Safetensors files, each opened when something of it is first asked for; a context."""
+    """Safetensors files, each mapped when something of it is first asked for.
+
+    Private and writable, so that nothing can change the file; without a reservation, so that a file
+    may be larger than the memory there is, which safetensors' own mapping may not.
+    """
 
     def __init__(self):
-        self._open: dict[Path, object] = {}
-        self._stack = contextlib.ExitStack()
-
-    def __enter__(self) -> Files:
-        return self
-
-    def __exit__(self, *error) -> None:
-        self._stack.close()
+        self._mapped: dict[Path, mmap.mmap] = {}
 
     def tensor(self, stored: Stored) -> torch.Tensor:
-        """A mapping of the file, alive after this context too, or the loaded model's own tensor.
+        """A mapping of the file, or the loaded model's own tensor.
 
         Raises:
             InputError: the file vanished, changed since its header was read, or is damaged.
@@ -233,20 +229,37 @@ class Files:
             return stored.tensor
         if stored.remote:
             raise RuntimeError(f"{path}: only headers were fetched; open it without headers_only")
-        if path not in self._open:
-            if (now := _stamp(path)) != stored.stamp:
-                then = stored.stamp[0]
-                sizes = f"{then} bytes then, {now[0]} now" if now[0] != then else "same size"
-                raise InputError(
-                    f"{path}: changed since this run opened it ({sizes}); leave it alone while it "
-                    "is used, and start again"
-                )
-            with _named(path):
-                self._open[path] = self._stack.enter_context(safe_open(path, framework="pt"))
-        with _named(path):
-            return self._open[path].get_tensor(stored.key)
+        if path not in self._mapped:
+            self._mapped[path] = _map(path, stored.stamp)
+        if not (count := torch.Size(stored.shape).numel()):
+            return torch.empty(stored.shape, dtype=stored.dtype)
+        content, size = self._mapped[path], stored.dtype.itemsize
+        if stored.offset % size == 0:
+            found = torch.frombuffer(content, dtype=stored.dtype, count=count, offset=stored.offset)
+        else:  # some writers do not align
+            raw = content[stored.offset : stored.offset + count * size]
+            found = torch.frombuffer(bytearray(raw), dtype=stored.dtype)
+        return found.view(stored.shape)
 
 
+def _map(path: Path, stamp: tuple[int, int]) -> mmap.mmap:
+    if (now := _stamp(path)) != stamp:
+        sizes = f"{stamp[0]} bytes then, {now[0]} now" if now[0] != stamp[0] else "same size"
+        raise InputError(
+            f"{path}: changed since this run opened it ({sizes}); leave it alone while it is used, "
+            "and start again"
+        )
+    try:
+        with path.open("rb") as file:
+            flags = mmap.MAP_PRIVATE | _NORESERVE
+            return mmap.mmap(file.fileno(), 0, flags, mmap.PROT_READ | mmap.PROT_WRITE)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be mapped ({error.strerror}); copy it to a local disk"
+        ) from error
+
+
+_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 _WILLNEED, _POPULATE_READ = 3, 22  # Linux numbers; the second since 5.14
 _UNREADABLE = (errno.EFAULT, errno.EIO, 133)  # the last is EHWPOISON, which errno lacks
 

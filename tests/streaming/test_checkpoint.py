@@ -110,28 +110,62 @@ def test_skeleton_is_on_meta_with_real_buffers_and_in_eval(llama):
 def test_load_reads_one_block_only(sharded, monkeypatch):
     checkpoint = Checkpoint.open(sharded)
     model = checkpoint.skeleton(torch.float32)
-    read = []
+    read, real = [], files.Files.tensor
 
-    class Counting:
-        def __init__(self, *args, **kwargs):
-            self._file = real(*args, **kwargs)
+    def counting(self, stored):
+        read.append(stored.key)
+        return real(self, stored)
 
-        def __enter__(self):
-            self._handle = self._file.__enter__()
-            return self
-
-        def __exit__(self, *error):
-            return self._file.__exit__(*error)
-
-        def get_tensor(self, key):
-            read.append(key)
-            return self._handle.get_tensor(key)
-
-    real = files.safe_open
-    monkeypatch.setattr(files, "safe_open", Counting)
+    monkeypatch.setattr(files.Files, "tensor", counting)
     names = [n for n, _ in model.named_parameters() if n.startswith("model.layers.1.")]
     loaded = checkpoint.load(names, torch.float32)
     assert sorted(read) == sorted(names) == sorted(loaded)
+
+
+def test_a_file_larger_than_memory(tmp_path):
+    """Safetensors' own mapping of it is refused where memory is not overcommitted at will."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    config = model_zoo.config("llama")
+    config.vocab_size = memory // (4 * config.hidden_size)  # embedding and head take it all, each
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(config)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    last = "model.norm.weight"
+    shapes[last] = shapes.pop(last)  # behind the others
+    content = torch.arange(config.hidden_size, dtype=torch.float32)
+    write_sparse(tmp_path / "model.safetensors", shapes, content)
+    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint.skeleton(torch.float32)
+    assert checkpoint.load([last], torch.float32)[last].equal(content)
+
+
+def write_sparse(path, shapes, content):
+    """Float32 tensors of which only the last has content; the rest is a hole in the file."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * shape.numel()
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.seek(end - 4 * content.numel(), os.SEEK_CUR)
+        file.write(content.numpy().tobytes())
+
+
+def test_tensors_that_are_not_aligned(llama, tmp_path):
+    shutil.copytree(llama, tmp_path / "odd")
+    path = tmp_path / "odd" / "model.safetensors"
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    path.write_bytes(
+        (size + 3).to_bytes(8, "little") + content[8 : 8 + size] + b"   " + content[8 + size :]
+    )
+    one, other = Checkpoint.open(llama), Checkpoint.open(tmp_path / "odd")
+    names = [n for n, _ in one.skeleton(torch.float32).named_parameters()]
+    other.skeleton(torch.float32)
+    found, truth = other.load(names, torch.float32), one.load(names, torch.float32)
+    assert all(found[name].equal(truth[name]) for name in names)
 
 
 def test_load_casts_and_keeps_order(llama):
