@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from pkt_ext.errors import InputError
+from pkt_ext.models.anatomy import Projection
 
 
 @dataclass(frozen=True)
@@ -73,3 +75,133 @@ def gradients(root: nn.Module, receive: Callable[[Call], None]) -> Iterator[None
                 )
                 stack.callback(handle.remove)
         yield
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What attention, or the FFN, adds to the residual stream: one row a sample, all copies."""
+
+    base: torch.Tensor  # [B, D], the stream that it reads and is scored against
+    neurons: torch.Tensor  # [B, K], what goes into its last projection (o or down)
+    output: torch.Tensor  # [B, D], what comes out of that, bias included
+    added: torch.Tensor  # [B, D], what joins the stream: the output, or a norm of it
+    norm: str | None  # module path of that norm, relative to the block
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One block's part of the residual stream."""
+
+    attention: Addition
+    ffn: Addition  # base: the block's input where both run in parallel
+    output: torch.Tensor  # [B, D], of the block
+
+
+@contextmanager
+def residual_flow(
+    block: nn.Module,
+    projections: Sequence[Projection],
+    positions: torch.Tensor,
+    receive: Callable[[Flow], None],
+) -> Iterator[None]:
+    """Hand over what the block adds to the residual stream at one position of each sample.
+
+    Run the forward of `block` inside, hidden states [B, T, D] as its first argument. What follows
+    from the structure is seen, not named: a norm is part of a contribution where it is fed with
+    the last projection's own output, and the FFN's base is what its first norm is fed with.
+
+    Args:
+        projections: the block's, from its anatomy.
+        positions:   int64 [B].
+    Raises:
+        InputError: input, attention and FFN do not add up to the output.
+    """
+    flow = _ResidualFlow(block, projections, positions)
+    with ExitStack() as stack:
+        stack.callback(block.register_forward_pre_hook(flow.enter).remove)
+        for name, module in block.named_modules():
+            own = [p for p in module._parameters.values() if p is not None]
+            if own and all(p.ndim == 1 for p in own):
+                stack.callback(
+                    module.register_forward_hook(
+                        lambda m, a, o, name=name: flow.norm(name, a[0], o)
+                    ).remove
+                )
+        modules = {p.role: block.get_submodule(p.module) for p in projections}
+        stack.callback(modules["up"].register_forward_pre_hook(flow.up).remove)
+        for role in ("o", "down"):
+            stack.callback(
+                modules[role]
+                .register_forward_hook(lambda m, a, o, role=role: flow.project(role, a[0], o))
+                .remove
+            )
+        stack.callback(block.register_forward_hook(lambda m, a, o: receive(flow.leave(o))).remove)
+        yield
+
+
+class _ResidualFlow:
+    """The hooks of `residual_flow`."""
+
+    def __init__(self, block: nn.Module, projections, positions: torch.Tensor):
+        self._kind, self._positions = type(block).__name__, positions
+        self._width = next(p.shape[0] for p in projections if p.role == "down")
+        self._normed: list[tuple[weakref.ref, torch.Tensor]] = []  # (output, rows of the input)
+        self._outputs: dict[str, weakref.ref] = {}  # role -> of its projection
+        self._rows: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}  # role -> (input, output)
+        self._added: dict[str, tuple[torch.Tensor, str]] = {}  # role -> (normed, the norm)
+
+    def enter(self, module: nn.Module, args: tuple) -> None:
+        size, length = args[0].shape[:2]
+        self._index = torch.arange(size, device=args[0].device) * length + self._positions
+        self._input, self._base = self._at(args[0]), None
+
+    def norm(self, name: str, given: torch.Tensor, output: torch.Tensor) -> None:
+        if output.shape[-1] != self._width:
+            return  # of single heads
+        for role, projected in self._outputs.items():
+            if projected() is given:
+                self._added[role] = self._at(output), name
+        self._normed.append((weakref.ref(output), self._at(given)))
+
+    def up(self, module: nn.Module, args: tuple) -> None:
+        before = [rows for output, rows in self._normed if output() is args[0]]
+        self._base = before[0] if before else self._at(args[0])
+
+    def project(self, role: str, given: torch.Tensor, output: torch.Tensor) -> None:
+        self._outputs[role] = weakref.ref(output)
+        self._rows[role] = self._at(given), self._at(output)
+
+    def leave(self, output: object) -> Flow:
+        hidden = output[0] if isinstance(output, tuple) else output
+        attention, ffn = (
+            self._addition(r, b) for r, b in (("o", self._input), ("down", self._base))
+        )
+        flow = Flow(attention, ffn, self._at(hidden))
+        between = self._input.float() + attention.added
+        ends = between + ffn.added
+        if not self._base.equal(self._input) and _differ(between, self._base):
+            raise self._refusal()
+        if _differ(ends, flow.output):
+            raise self._refusal()
+        return flow
+
+    def _addition(self, role: str, base: torch.Tensor) -> Addition:
+        given, output = self._rows[role]
+        added, norm = self._added.get(role, (output, None))
+        return Addition(base, given, output, added, norm)
+
+    def _at(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[B, T, ...] or flattened [B * T, ...] -> the samples' rows."""
+        return tensor.reshape(-1, tensor.shape[-1])[self._index]
+
+    def _refusal(self) -> InputError:
+        return InputError(
+            f"{self._kind} does not add its attention and its FFN to a residual stream; no neurons "
+            "can be located in this model, choose another"
+        )
+
+
+def _differ(sums: torch.Tensor, seen: torch.Tensor) -> bool:
+    """Whether fp32 sums are other than what was rounded to `seen`; NaN is for others to name."""
+    worst, most = (sums - seen).abs().max(), torch.maximum(sums.abs().max(), seen.abs().max())
+    return bool(worst > 4 * torch.finfo(seen.dtype).eps * most)
