@@ -35,7 +35,7 @@ class BlockBar:
         )
 
     def skip(self, direction: str) -> None:
-        """A block that an earlier run finished."""
+        """A block that an earlier run finished, or that does not go in this direction."""
         self._skipped += _WORK[direction]
         self._bar.total -= _WORK[direction]
 

@@ -185,6 +185,30 @@ class Pass:
             for index in reversed(range(last - max(0, done - last - 1))):
                 self._backward(index)
 
+    def forward(self, then: Iterable[Part] = ()) -> None:
+        """Instead of `run`: record and forward alone; the visitor takes what is wanted of them.
+
+        One boundary's hidden states are kept at a time, and nothing for an interrupted run.
+
+        Args:
+            then: parts that `resident` will be asked for next, to be read ahead.
+
+        Raises:
+            NonFiniteError: hidden states that are not finite; names block, sample, and parameter if
+                one is to blame.
+            ResourceError: no space for the activations.
+        """
+        with self.meter.stage("record"):
+            self._record()
+        self.plan([*map(Part, self.stream.block_names), *then])
+        for _ in self._blocks:
+            self._bar.skip("backward")
+        with self.meter.stage("forward"):
+            for index in range(len(self._blocks)):
+                self._forward(index, keep=False)
+                self.store.drop(_hidden(index))
+        self.store.drop(_hidden(len(self._blocks)))
+
     def first_gradient(self, number: int) -> torch.Tensor:
         """After `run`: gradient [B, T, D] by a micro-batch's first hidden states; scaled."""
         return self.store.get(_gradient(0), number)

@@ -17,6 +17,7 @@ from pkt_ext.streaming.blocks import StreamedModel
 from pkt_ext.streaming.budget import Allotment
 from pkt_ext.streaming.checkpoint import Checkpoint
 from pkt_ext.streaming.passes import Pass, Visitor
+from pkt_ext.streaming.reader import Part
 from pkt_ext.streaming.store import ActivationStore
 
 
@@ -102,6 +103,54 @@ def test_one_block_is_resident_and_read_as_often_as_said(family, kept, ahead, tm
         for i in (3, 2, 1, 0)
         for step in (("loaded", i), ("backward", i), ("backward", i), ("finished", i))
     ]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_forward_alone_reads_once_and_keeps_one_boundary(family, ahead, tmp_path):
+    folder = zoo.save(zoo.build(family, layers=4), tmp_path)
+    rows = published.samples((9, 4, 13), vocab=zoo.VOCAB)
+    whole = StreamedModel(Checkpoint.open(folder))
+    with Pass(whole, whole.batches(rows, 2), show=False) as run:
+        outputs = Outputs()
+        run.visitor = outputs
+        run.run()
+
+    reader = Reader(Checkpoint.open(folder))
+    stream = StreamedModel(reader)
+    witness, alone = Witness(stream), Outputs()
+    batches = stream.batches(rows, 2)
+    with Pass(stream, batches, alone, allotment=Allotment(2, ahead=ahead), show=False) as run:
+        alone.beside, alone.store = witness, run.store
+        run.forward([Part((stream.head_name,))])
+        with run.resident(Part((stream.head_name,))):
+            assert resident(stream.model) == {stream.head_name}
+        found = run.report()
+        assert not run.store._entries  # nothing is left
+    assert witness.seen == [("forward", i) for i in range(4) for _ in range(2)]
+    assert reader.reads[1:] == [*stream.block_names, (stream.head_name,)]  # after the embedding's
+    assert all(a.equal(b) for a, b in zip(alone.found, outputs.found, strict=True))
+    assert alone.boundaries == 2 and found.losses == {}
+    assert set(found.stages) == {"record", "load", "forward"} and resident(stream.model) == set()
+
+
+class Outputs(Visitor):
+    """Keeps every block's output, and counts the boundaries that are stored at once."""
+
+    def __init__(self):
+        self.found, self.boundaries, self.beside, self.store = [], 0, Visitor(), None
+
+    @contextmanager
+    def forward(self, index, block, batch):
+        def keep(module, args, output):
+            self.found.append(output[0] if isinstance(output, tuple) else output)
+
+        with self.beside.forward(index, block, batch):
+            handle = block.register_forward_hook(keep)
+            yield
+            handle.remove()
+        if self.store is not None:
+            self.boundaries = max(self.boundaries, len(self.store._entries))
 
 
 def test_masks_are_kept_once_for_all_blocks_and_samples():
