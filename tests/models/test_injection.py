@@ -161,7 +161,7 @@ def test_autocast():
             ours = logits(student)
         theirs = logits(merged(student, deltas))
     exact = logits(merged(student, deltas))
-    # measured 1.06: on average it is a dense sum in the same precision
+    # measured 1.06 times the error of a dense sum in the same precision
     assert (ours - exact).abs().mean() < 1.5 * (theirs - exact).abs().mean()
 
 
