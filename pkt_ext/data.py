@@ -22,6 +22,8 @@ from pkt_ext.streaming.batches import IGNORED, Sample
 PROMPT_FORMATS = ("auto", "published", "chat", "plain")
 MAX_LINE_BYTES = 16 * 2**20  # a line beyond this is not a chat row; refuse before parsing it
 _ROLES = ("system", "user", "assistant")
+_CLOSING = '. ")\n,]'  # behind an answer's last word, as published
+_MARK = "\ue000"  # for private use: stands for an answer while a template is rendered
 _EXPECTED = 'expected {"messages": [{"role", "content"}, ...]} or {"prompt", "completion"}'
 
 
@@ -224,6 +226,59 @@ def encode(
     return Encoded(samples, dropped, truncated, example)
 
 
+def encode_targets(
+    rows: list[Row], tokenizer, *, max_length: int, prompt_format: str = "auto"
+) -> Encoded:
+    """Render and tokenise the rows up to the last token of their answers, the one target of each.
+
+    What closes an answer (stops, quotes, brackets, blanks) says nothing about it and is stripped
+    first. Nothing is truncated: a row loses its target with its end, so long rows are dropped.
+    Source: the released scripts of LaTen (ACL 2025), which render as Seeking's fine-tuning does.
+
+    Args:
+        rows: from `read_rows`.
+        tokenizer: of the model that will be asked; each model takes its own.
+        max_length: tokens of a row, context and target.
+        prompt_format: see `encode`; earlier answers are closed as in its stage "train".
+    Raises:
+        InputError: see `encode`.
+    """
+    if max_length < 2:
+        raise InputError(f"--max-length is {max_length}; give at least 2 tokens")
+    form = resolve_format(prompt_format, tokenizer)
+    samples, dropped, example = [], [], None
+    for row in rows:
+        answer = row.messages[-1]["content"]
+        answer = (answer.strip() if form == "published" else answer).rstrip(_CLOSING)
+        ids = _ids(tokenizer, _up_to(answer, row, tokenizer, form), special=form != "chat")
+        if not answer.strip():
+            dropped.append((row.id, "the answer is empty"))
+        elif len(ids) > max_length:
+            dropped.append(
+                (row.id, f"{len(ids)} tokens up to its target, --max-length {max_length}")
+            )
+        elif len(ids) < 2:
+            dropped.append((row.id, "nothing stands before the target"))
+        else:
+            labels = [IGNORED] * (len(ids) - 1) + ids[-1:]
+            samples.append(Sample(row.id, torch.tensor(ids), torch.tensor(labels)))
+            example = example or {
+                "id": row.id,
+                "format": form,
+                "prompt": tokenizer.decode(ids[:-1]),
+                "target": tokenizer.decode(ids[-1:]),
+                "input_ids": ids,
+                "loss_mask": [0] * (len(ids) - 1) + [1],
+            }
+    if not samples:
+        name, reason = dropped[0]
+        raise InputError(
+            f"none of the {len(rows)} rows has a target ({name}: {reason}); give rows with answers "
+            "that end within --max-length"
+        )
+    return Encoded(samples, dropped, [], example)
+
+
 def resolve_format(prompt_format: str, tokenizer) -> str:
     """The rendering `auto` stands for, checked.
 
@@ -256,16 +311,37 @@ def _tokens(row: Row, tokenizer, form: str, stage: str) -> tuple[list[int], int]
         prompt_text = "".join(m["content"] for m in row.messages[:-1])
         text = prompt_text + row.messages[-1]["content"]
     else:
-        closing = tokenizer.eos_token if stage == "extract" else "\n\n"
-        prompt_text = "".join(
-            f"<|{m['role']}|>\n{m['content'].strip()}"
-            + (closing if m["role"] == "assistant" else "\n\n")
-            for m in row.messages[:-1]
-        )
-        prompt_text += "<|assistant|>\n"
+        prompt_text = _published(row, tokenizer.eos_token if stage == "extract" else "\n\n")
         text = prompt_text + row.messages[-1]["content"].strip()
         text += "" if stage == "extract" else "\n\n"
     return [*_ids(tokenizer, text), tokenizer.eos_token_id], len(_ids(tokenizer, prompt_text))
+
+
+def _published(row: Row, closing: str) -> str:
+    """What stands before the last answer; earlier ones end in `closing`."""
+    turns = (
+        f"<|{m['role']}|>\n{m['content'].strip()}"
+        + (closing if m["role"] == "assistant" else "\n\n")
+        for m in row.messages[:-1]
+    )
+    return "".join(turns) + "<|assistant|>\n"
+
+
+def _up_to(answer: str, row: Row, tokenizer, form: str) -> str:
+    """The row's text up to the end of `answer`, which takes the last message's place."""
+    if form == "published":
+        return _published(row, "\n\n") + answer
+    if form == "plain":
+        return "".join(m["content"] for m in row.messages[:-1]) + answer
+    # what a template writes before an answer may differ from its generation prompt
+    marked = [*row.messages[:-1], {"role": "assistant", "content": _MARK}]
+    before, mark, _ = _templated(row, tokenizer, marked, False).rpartition(_MARK)
+    if not mark:
+        raise InputError(
+            f"{row.where}: the tokenizer's chat template does not write answers as they are; "
+            "use --prompt-format published"
+        )
+    return before + answer
 
 
 def _ids(tokenizer, text: str, special: bool = True) -> list[int]:

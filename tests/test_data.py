@@ -6,7 +6,7 @@ import json
 import model_zoo
 import pytest
 
-from pkt_ext.data import IGNORED, MAX_LINE_BYTES, Row, encode, read_rows
+from pkt_ext.data import IGNORED, MAX_LINE_BYTES, Row, encode, encode_targets, read_rows
 from pkt_ext.errors import InputError
 
 TURNS = [
@@ -201,3 +201,94 @@ def test_training_appends_eos_only_where_it_fits():
     assert full[-1] == tokenizer.eos_token_id
     cut = encode(rows, tokenizer, max_length=len(full) - 1, stage="train").samples[0].input_ids
     assert cut.tolist() == full[:-1]
+
+
+def targets(rows, tokenizer=None, **options):
+    tokenizer = tokenizer or model_zoo.tokenizer()
+    return encode_targets(read_rows(rows), tokenizer, **{"max_length": 200} | options)
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (
+            "published",
+            "<|system|>\nBe brief.\n\n<|user|>\nTwo and two?\n\n<|assistant|>\nFour.\n\n"
+            "<|user|>\nAnd three?\n\n<|assistant|>\nSeven",
+        ),
+        ("plain", "Be brief. Two and two? Four.\nAnd three? Seven"),
+    ],
+)
+def test_the_target_is_the_last_token_of_the_stripped_answer(form, text):
+    found = targets([{"messages": TURNS}], prompt_format=form)
+    (sample,) = found.samples
+    assert sample.input_ids.tolist() == ids(text)
+    assert sample.labels.tolist() == [IGNORED] * (len(ids(text)) - 1) + ids(text)[-1:]
+    assert found.example["target"] == "n" and found.example["loss_mask"][-2:] == [0, 1]
+    assert found.truncated == found.dropped == []
+
+
+def test_a_chat_template_ends_where_the_answer_does():
+    tokenizer = model_zoo.tokenizer(chat=True)
+    text = "".join(f"<{m['role']}>{m['content']}</{m['role']}>\n" for m in TURNS[:4])
+    (sample,) = targets([{"messages": TURNS}], tokenizer).samples
+    assert sample.input_ids.tolist() == ids(text + "<assistant> Seven", bos=False)
+    # an answer whose letters also stand in the template's own words
+    (sample,) = targets([{"prompt": "x", "completion": "ass."}], tokenizer).samples
+    assert sample.input_ids.tolist() == ids("<user>x</user>\n<assistant>ass", bos=False)
+
+
+def test_a_template_that_rewrites_answers_is_refused():
+    tokenizer = model_zoo.tokenizer(chat=True)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] | length }}{% endfor %}"
+    with pytest.raises(InputError, match="row:1: .*does not write answers as they are"):
+        targets([{"messages": TURNS}], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [('The answer is: "B".', "B"), ("#### 72 \n", "2"), ("f(x)]) , .", "x"), ("1.5", "5")],
+)
+def test_what_closes_an_answer_is_stripped(answer, kept):
+    (sample,) = targets([{"prompt": "x", "completion": answer}]).samples
+    assert sample.labels[-1] == ids(kept)[-1]
+
+
+def test_rows_without_a_target_are_dropped_by_name():
+    rows = [
+        {"id": "empty", "prompt": "x", "completion": ""},
+        {"id": "closing", "prompt": "x", "completion": ' .")]\n'},
+        {"id": "long", "prompt": "x" * 200, "completion": "B"},
+        {"id": "good", "prompt": "x", "completion": "B"},
+    ]
+    found = targets(rows)
+    assert [s.id for s in found.samples] == ["good"]
+    assert dict(found.dropped) == {
+        "empty": "the answer is empty",
+        "closing": "the answer is empty",
+        "long": "227 tokens up to its target, --max-length 200",
+    }
+    with pytest.raises(InputError, match=r"none of the 2 rows has a target \(empty: the answer is"):
+        targets(rows[:2])
+    alone = targets(
+        [{"prompt": "", "completion": "BC"}], model_zoo.tokenizer(bos=False), prompt_format="plain"
+    )
+    assert len(alone.samples[0].input_ids) == 2
+    with pytest.raises(InputError, match="nothing stands before the target"):
+        targets(
+            [{"prompt": "", "completion": "B"}],
+            model_zoo.tokenizer(bos=False),
+            prompt_format="plain",
+        )
+
+
+def test_a_tokenizer_that_appends_eos_gives_the_same_target():
+    from tokenizers import processors
+
+    tokenizer = model_zoo.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    (sample,) = targets([{"messages": TURNS}], tokenizer).samples
+    (plain,) = targets([{"messages": TURNS}]).samples
+    assert sample.input_ids.equal(plain.input_ids)
