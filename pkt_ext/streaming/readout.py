@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -83,13 +84,8 @@ class Readout:
 
     def parts(self) -> Iterator[Part]:
         """The parts of the head in the order in which `backward` takes them."""
-        vocab, names = self.stream.anatomy.vocab_size, (self.stream.head_name,)
-        if self.head_rows == vocab:
-            yield Part(names)
-            return
-        for _ in range(2):
-            for first in range(0, vocab, self.head_rows):
-                yield Part(names, slice(first, min(first + self.head_rows, vocab)))
+        parts = head_parts(self.stream, self.head_rows)
+        yield from parts if len(parts) == 1 else parts * 2
 
     def backward(
         self,
@@ -222,7 +218,9 @@ class Readout:
         weight, rows = self.stream.head.weight, self._rows[number]
         whole = len(weight) == self.stream.anatomy.vocab_size
         if not self._checked:
-            self._check_logits(*self._last)
+            self._checked = True
+            hidden, row = self._last
+            check_logits(self.stream, hidden, self._logits(row, weight))
         size = max(1, LOGITS.get(inputs.device.type, 2**26) // len(weight))
         found = []
         for start in range(0, len(inputs), size):
@@ -231,7 +229,7 @@ class Readout:
             column = rows.targets[some] - first
             column = torch.where((column >= 0) & (column < len(weight)), column, -1)
             if whole or not gradients:
-                self._add(logits, rows, some, column)
+                add_logits(logits, rows, some, column)
             if gradients:
                 gradient = self._output_gradient(logits, rows, some, column).to(inputs.dtype)
                 found.append(gradient @ weight)
@@ -239,18 +237,6 @@ class Readout:
             return None
         through = torch.cat(found)
         return through if whole else through.float()
-
-    @staticmethod
-    def _add(logits: torch.Tensor, rows: _Rows, some: slice, column: torch.Tensor) -> None:
-        """Take further logits [m, K] into the running logsumexp; `column`: targets among them."""
-        before = rows.largest[some]
-        largest = torch.maximum(before, logits.amax(1))
-        sums = torch.exp(logits - largest[:, None]).sum(1)
-        rows.sums[some] = rows.sums[some] * torch.exp(before - largest) + sums
-        rows.largest[some] = largest
-        here = column >= 0
-        chosen = logits.gather(1, column.clamp(min=0)[:, None]).squeeze(1)
-        rows.scored[some] = torch.where(here, chosen, rows.scored[some])
 
     def _output_gradient(
         self, logits: torch.Tensor, rows: _Rows, some: slice, column: torch.Tensor
@@ -265,8 +251,7 @@ class Readout:
         return gradient
 
     def _logits(self, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        logits = (inputs @ weight.T).float()
-        return torch.tanh(logits / self._cap) * self._cap if self._cap else logits
+        return soft_capped((inputs @ weight.T).float(), self._cap)
 
     def _through_norm(
         self,
@@ -314,20 +299,63 @@ class Readout:
             sample,
         )
 
-    def _check_logits(self, hidden: torch.Tensor, inputs: torch.Tensor) -> None:
-        """Compare one row's logits with the model's own, its blocks standing still at `hidden`.
 
-        A model that scales or bends its logits in a way unknown here would be scored wrongly.
-        """
-        self._checked = True
-        model, ours = self.stream.model, self._logits(inputs, self.stream.head.weight)
-        width = self.stream.embedding.embedding_dim
-        embeds = torch.zeros(1, 1, width, dtype=hidden.dtype, device=hidden.device)
-        with self.stream.replaced_blocks(lambda *_: hidden[None]):
-            theirs = model(inputs_embeds=embeds, use_cache=False).logits[0].float()
-        worst = (ours - theirs).abs().max()
-        if worst > _AGREE.get(hidden.dtype, 1e-4) * theirs.abs().max():  # NaN is the loss's to name
-            raise InputError(
-                f"{type(model).__name__} computes its logits in a way that is not supported "
-                f"(off by {float(worst):.3g}): check logit scaling in its config.json"
-            )
+def head_parts(stream: StreamedModel, rows: int | None) -> list[Part]:
+    """The head, whole or so many vocabulary rows at a time."""
+    vocab, names = stream.anatomy.vocab_size, (stream.head_name,)
+    if rows is None or rows >= vocab:
+        return [Part(names)]
+    return [Part(names, slice(n, min(n + rows, vocab))) for n in range(0, vocab, rows)]
+
+
+class LogSums(Protocol):
+    """Running sums over a vocabulary whose rows come in parts, for M rows of logits, fp32 [M]."""
+
+    largest: torch.Tensor  # of the logits seen so far
+    sums: torch.Tensor  # of exp(logit - largest)
+    scored: torch.Tensor  # the target's logit
+
+
+def add_logits(logits: torch.Tensor, rows: LogSums, some: slice, column: torch.Tensor) -> None:
+    """Take further logits [m, K] of `some` rows into their sums; `column`: targets among them.
+
+    Args:
+        column: int64 [m], -1 where the target is not among these K tokens.
+    """
+    before = rows.largest[some]
+    largest = torch.maximum(before, logits.amax(1))
+    sums = torch.exp(logits - largest[:, None]).sum(1)
+    rows.sums[some] = rows.sums[some] * torch.exp(before - largest) + sums
+    rows.largest[some] = largest
+    here = column >= 0
+    chosen = logits.gather(1, column.clamp(min=0)[:, None]).squeeze(1)
+    rows.scored[some] = torch.where(here, chosen, rows.scored[some])
+
+
+def soft_capped(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """What the model makes of its head's products."""
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def check_logits(stream: StreamedModel, hidden: torch.Tensor, ours: torch.Tensor) -> None:
+    """Compare logits with the model's own, its blocks standing still; final norm, head resident.
+
+    A model that scales or bends its logits in a way unknown here would be scored wrongly.
+
+    Args:
+        hidden: [1, D], out of the last block.
+        ours:   [1, K], of the resident rows of the head.
+    Raises:
+        InputError: they differ.
+    """
+    model = stream.model
+    width = stream.embedding.embedding_dim
+    embeds = torch.zeros(1, 1, width, dtype=hidden.dtype, device=hidden.device)
+    with torch.no_grad(), stream.replaced_blocks(lambda *_: hidden[None]):
+        theirs = model(inputs_embeds=embeds, use_cache=False).logits[0].float()
+    worst = (ours - theirs).abs().max()
+    if worst > _AGREE.get(hidden.dtype, 1e-4) * theirs.abs().max():  # NaN is the loss's to name
+        raise InputError(
+            f"{type(model).__name__} computes its logits in a way that is not supported "
+            f"(off by {float(worst):.3g}): check logit scaling in its config.json"
+        )
