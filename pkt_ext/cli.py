@@ -28,7 +28,7 @@ app = typer.Typer(
 def main() -> None:
     """Entry point of the `pkt` script."""
     console.settle_environment()
-    sys.exit(run(sys.argv[1:]))
+    console.leave(run(sys.argv[1:]))
 
 
 def run(argv: list[str]) -> int:
@@ -88,8 +88,52 @@ Resume = Annotated[
 Device = Annotated[
     str | None, _option("--device", default="auto", help="cpu or cuda; auto: cuda if there is one.")
 ]
+TeacherRevision = Annotated[
+    str | None, _option("--teacher-revision", help="Branch, tag or commit on the hub.")
+]
 StudentRevision = Annotated[
     str | None, _option("--student-revision", help="Branch, tag or commit on the hub.")
+]
+
+# of an extraction
+Rank = Annotated[int | None, _option("--rank", "--r", default=16, help="LoRA rank.")]
+Attention = Annotated[
+    bool | None, _option("--attention/--no-attention", default=True, help="Extract q, k, v, o.")
+]
+Mlp = Annotated[
+    bool | None, _option("--mlp/--no-mlp", default=True, help="Extract gate, up, down.")
+]
+Embeddings = Annotated[
+    bool | None,
+    _option("--embeddings/--no-embeddings", default=True, help="Extract embedding and head."),
+]
+Vocabulary = Annotated[
+    str | None,
+    _option("--vocabulary", default="identical", help="identical, or shared: common tokens."),
+]
+TeacherDtype = Annotated[
+    str | None, _option("--dtype", default="the checkpoint's", help="float32, bfloat16 or float16.")
+]
+MicroBatch = Annotated[
+    int | None, _option("--micro-batch", default=4, help="Rows a forward takes at once.")
+]
+Svd = Annotated[str | None, _option("--svd", default="converged", help="converged, fast or exact.")]
+
+# of a training
+Batch = Annotated[
+    int | None, _option("--batch", "--batch_size", default=64, help="Rows a step averages.")
+]
+FourBit = Annotated[
+    bool | None,
+    _option("--load-in-4bit/--no-load-in-4bit", default=False, help="NF4 by bitsandbytes."),
+]
+Checkpointing = Annotated[
+    bool | None,
+    _option(
+        "--gradient-checkpointing/--no-gradient-checkpointing",
+        default=True,
+        help="Recompute activations in the backward pass.",
+    ),
 ]
 
 
@@ -105,6 +149,53 @@ def _settings(ctx: typer.Context) -> dict:
 # --- verbs ----------------------------------------------------------------------------------------
 
 
+@app.command("plan")
+def plan_command(
+    ctx: typer.Context,
+    method: Annotated[str | None, _option("--method", default="seeking", help="seeking.")] = None,
+    teacher: Teacher = None,
+    student: Student = None,
+    samples: Annotated[
+        int | None,
+        _option("--samples", default=32, help="Rows, each of --max-length tokens, to plan for."),
+    ] = None,
+    data: Annotated[
+        str | None, _option("--data", "--data_path", help="Plan for these seed rows instead.")
+    ] = None,
+    max_length: Length = None,
+    prompt_format: Format = None,
+    rank: Rank = None,
+    attention: Attention = None,
+    mlp: Mlp = None,
+    embeddings: Embeddings = None,
+    vocabulary: Vocabulary = None,
+    dtype: TeacherDtype = None,
+    device: Annotated[
+        str | None,
+        _option("--device", default="auto", help="cpu, or cuda: with --budget no card is needed."),
+    ] = None,
+    micro_batch: MicroBatch = None,
+    budget: Budget = None,
+    svd: Svd = None,
+    batch: Batch = None,
+    train_dtype: Annotated[
+        str | None, _option("--train-dtype", help="As pkt finetune --dtype.")
+    ] = None,
+    load_in_4bit: FourBit = None,
+    gradient_checkpointing: Checkpointing = None,
+    probe: Annotated[
+        bool | None,
+        _option("--probe/--no-probe", default=True, help="Run one block for a moment: times."),
+    ] = None,
+    json: Annotated[bool | None, _option("--json/--no-json", help="As JSON.")] = None,
+    teacher_revision: TeacherRevision = None,
+    student_revision: StudentRevision = None,
+    config: Config = None,
+) -> None:
+    """Say what a transfer will take: memory, disk, traffic and time, from headers alone."""
+    verbs.plan(_settings(ctx))
+
+
 @app.command("seeking")
 def seeking_command(
     ctx: typer.Context,
@@ -112,35 +203,20 @@ def seeking_command(
     student: Student = None,
     data: Data = None,
     out: Out = None,
-    rank: Annotated[int | None, _option("--rank", "--r", default=16, help="LoRA rank.")] = None,
+    rank: Rank = None,
     alpha: Annotated[float | None, _option("--alpha", default=16, help="LoRA alpha.")] = None,
     dropout: Annotated[
         float | None, _option("--dropout", default=0.05, help="LoRA dropout of the later training.")
     ] = None,
     max_length: Length = None,
     prompt_format: Format = None,
-    attention: Annotated[
-        bool | None, _option("--attention/--no-attention", default=True, help="Extract q, k, v, o.")
-    ] = None,
-    mlp: Annotated[
-        bool | None, _option("--mlp/--no-mlp", default=True, help="Extract gate, up, down.")
-    ] = None,
-    embeddings: Annotated[
-        bool | None,
-        _option("--embeddings/--no-embeddings", default=True, help="Extract embedding and head."),
-    ] = None,
-    vocabulary: Annotated[
-        str | None,
-        _option("--vocabulary", default="identical", help="identical, or shared: common tokens."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        _option("--dtype", default="the checkpoint's", help="float32, bfloat16 or float16."),
-    ] = None,
+    attention: Attention = None,
+    mlp: Mlp = None,
+    embeddings: Embeddings = None,
+    vocabulary: Vocabulary = None,
+    dtype: TeacherDtype = None,
     device: Device = None,
-    micro_batch: Annotated[
-        int | None, _option("--micro-batch", default=4, help="Rows a forward takes at once.")
-    ] = None,
+    micro_batch: MicroBatch = None,
     budget: Budget = None,
     nonfinite: Annotated[
         str | None,
@@ -148,16 +224,12 @@ def seeking_command(
             "--nonfinite", default="error", help="error, or skip-sample: leave out a row with NaN."
         ),
     ] = None,
-    svd: Annotated[
-        str | None, _option("--svd", default="converged", help="converged, fast or exact.")
-    ] = None,
+    svd: Svd = None,
     seed: Annotated[int | None, _option("--seed", default=0, help="Of the SVD's start.")] = None,
     export: Annotated[
         str | None, _option("--export", help="residual-model: also write W - eta B0 A0.")
     ] = None,
-    teacher_revision: Annotated[
-        str | None, _option("--teacher-revision", help="Branch, tag or commit on the hub.")
-    ] = None,
+    teacher_revision: TeacherRevision = None,
     student_revision: StudentRevision = None,
     overwrite: Overwrite = None,
     resume: Resume = None,
@@ -183,9 +255,7 @@ def finetune_command(
     max_steps: Annotated[
         int | None, _option("--max-steps", help="Optimiser steps, instead of --epochs.")
     ] = None,
-    batch: Annotated[
-        int | None, _option("--batch", "--batch_size", default=64, help="Rows a step averages.")
-    ] = None,
+    batch: Batch = None,
     micro_batch: Annotated[
         int | None,
         _option(
@@ -231,18 +301,8 @@ def finetune_command(
         str | None,
         _option("--dtype", help="[default: bfloat16 on CUDA, float32 on the CPU]."),
     ] = None,
-    load_in_4bit: Annotated[
-        bool | None,
-        _option("--load-in-4bit/--no-load-in-4bit", default=False, help="NF4 by bitsandbytes."),
-    ] = None,
-    gradient_checkpointing: Annotated[
-        bool | None,
-        _option(
-            "--gradient-checkpointing/--no-gradient-checkpointing",
-            default=True,
-            help="Recompute activations in the backward pass.",
-        ),
-    ] = None,
+    load_in_4bit: FourBit = None,
+    gradient_checkpointing: Checkpointing = None,
     device: Device = None,
     budget: Budget = None,
     seed: Annotated[

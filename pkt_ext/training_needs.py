@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pkt_ext.adapter import Factor, matrix_shape
 from pkt_ext.baselines import targets
+from pkt_ext.heap import give_back_freed_memory
 from pkt_ext.models.anatomy import describe
 from pkt_ext.streaming.footprint import Tracker, count_flops
 from pkt_ext.streaming.meter import resident_bytes
@@ -43,9 +44,14 @@ class TrainingPlan:
 
 
 class TrainingNeeds:
-    """Bytes by ingredient, for any micro-batch."""
+    """Bytes by ingredient, for any micro-batch.
+
+    On a CPU freed memory goes back to the system from here on (see `heap`).
+    """
 
     def __init__(self, plan: TrainingPlan):
+        if plan.device == "cpu":
+            give_back_freed_memory()
         self.plan = plan
         layers = plan.config.num_hidden_layers
         # blocks of two kinds take turns in some models: two at a time there

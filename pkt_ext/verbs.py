@@ -71,6 +71,35 @@ def finetune(settings: dict) -> None:
     )
 
 
+def plan(settings: dict) -> None:
+    """`pkt plan` with its options as a mapping."""
+    teacher, student = take(settings, "teacher", "student")
+    as_json, timed = take_flag(settings, "json"), take_flag(settings, "probe", True)
+    method, data = settings.pop("method", "seeking"), settings.pop("data", None)
+    samples = settings.pop("samples", 32)
+    if not isinstance(samples, int) or isinstance(samples, bool):
+        raise InputError(f"samples is {samples!r}; expected a whole number")
+    from pkt_ext.finetune import FinetuneConfig
+    from pkt_ext.methods.seeking import SeekingConfig
+    from pkt_ext.plan import plan as make_plan
+    from pkt_ext.plan import text
+
+    names = {"batch": "batch", "load_in_4bit": "load_in_4bit", "train_dtype": "dtype"}
+    names["gradient_checkpointing"] = "gradient_checkpointing"
+    training = {names[key]: settings.pop(key) for key in list(settings) if key in names}
+    found = make_plan(
+        teacher,
+        student,
+        build_config(SeekingConfig, settings),
+        build_config(FinetuneConfig, training),
+        method=method,
+        samples=samples,
+        data=data,
+        timed=timed,
+    )
+    typer.echo(json.dumps(found, indent=1) if as_json else text(found))
+
+
 def merge(settings: dict) -> None:
     """`pkt merge` with its options as a mapping."""
     refuse_processes("pkt merge", "start it without a launcher")

@@ -66,7 +66,7 @@ def test_help_is_quick_and_lists_the_verbs():
     start = time.perf_counter()
     done = subprocess.run([*PKT, "--help"], capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 2  # about 0.1 s; generous, the machine may be busy
-    for verb in "seeking finetune merge convert transfer demo verify info".split():
+    for verb in "plan seeking finetune merge convert transfer demo verify info".split():
         assert f"\n  {verb} " in done.stdout
     code = (
         "import sys, pkt_ext.cli; pkt_ext.cli.run(['--help']); "
@@ -194,6 +194,22 @@ def test_exit_codes_and_one_line(monkeypatch, capsys, error, code, says):
     assert cli.run(["info"]) == code
     err = capsys.readouterr().err
     assert re.search(says, err) and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_leaving_is_at_once_but_for_what_was_asked_for_at_exit():
+    code = """
+import atexit, sys
+from pkt_ext import console
+class Slow:
+    def __del__(self):
+        print("taken apart")
+sys.slow = Slow()
+atexit.register(print, "at exit")
+print("output", end=" ")
+console.leave(3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "output at exit\n", "")
 
 
 def test_debug_shows_the_traceback(tmp_path):

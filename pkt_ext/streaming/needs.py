@@ -173,6 +173,7 @@ class Needs:
         kept = {phase: min(size, allotment.activation_bytes) for phase, size in alive.items()}
         # read back, or on their way to the disk behind the work
         spills = allotment.activation_bytes < most
+        held = allotment.activation_bytes + allotment.host_bytes
         moving = work.hidden if spills else 0
         if self.durable and self.device.type == "cuda":
             moving = work.hidden
@@ -224,8 +225,8 @@ class Needs:
             allotment,
             {name: {"process": self.process, **parts} for name, parts in phases.items()},
             work.shape,
-            spilled=most if self.durable else max(0, most - allotment.activation_bytes),
-            written=self._written(work, allotment.activation_bytes),
+            spilled=most if self.durable else max(0, most - held),
+            written=self._written(work, held),
             read=self._read(allotment),
             flops=self._flops(work, allotment.head_rows),
         )
@@ -330,12 +331,13 @@ class Needs:
             "outer": gradients * hidden + inputs + tied,
         }
 
-    def _written(self, work: _Work, kept: int) -> int:
+    def _written(self, work: _Work, held: int) -> int:
+        """Bytes written to disk in all, with `held` bytes kept in memory."""
         hidden, count = work.hidden_all, len(self.blocks)
         inputs = work.rows_all * self.width * self.itemsize if self.outer else 0
-        if self.durable:  # all but the first hidden states, which are made anew
-            return 2 * count * hidden + hidden + inputs
-        return max(0, (count + 1) * hidden + inputs - kept) + max(0, count * hidden - kept)
+        if self.durable:  # all but the first hidden states, which can be made anew
+            return max(0, hidden - held) + 2 * count * hidden + hidden + inputs
+        return max(0, (count + 1) * hidden + inputs - held) + max(0, count * hidden - held)
 
     def _scaled(self, work: _Work) -> int:
         """float16 gradients are multiplied by a power of two, beside the stored ones."""

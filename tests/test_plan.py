@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pkt plan`: what it says, from what little, and whether a run then takes as much."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import model_zoo
+import pytest
+import torch
+import typer
+from fake_hub import RANGE
+
+from pkt_ext import cli, training_needs
+from pkt_ext import plan as module
+from pkt_ext.errors import InputError
+from pkt_ext.finetune import FinetuneConfig, finetune
+from pkt_ext.methods.seeking import SeekingConfig, extract
+from pkt_ext.plan import plan, text
+from pkt_ext.probe import probe
+from pkt_ext.streaming import checkpoint as checkpoint_module
+from pkt_ext.streaming import needs
+from pkt_ext.streaming.blocks import StreamedModel
+from pkt_ext.streaming.budget import parse_bytes
+from pkt_ext.streaming.checkpoint import Checkpoint
+from pkt_ext.streaming.needs import CONTEXT
+
+MIB = 2**20
+ROWS = [{"prompt": f"{i} and {i}?", "completion": "so much " * (1 + i)} for i in range(5)]
+SMALL = SeekingConfig(rank=4, max_length=32, device="cpu", prompt_format="plain")
+QUIET = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+SEVERAL = Path(__file__).parent / "several.py"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return model_zoo.save_pair(tmp_path_factory.mktemp("pair"), ROWS)
+
+
+@pytest.fixture
+def still(monkeypatch):
+    """The process stays as large as it is, whatever is imported."""
+    for where in (needs, training_needs):
+        monkeypatch.setattr(where, "resident_bytes", lambda: 300 * MIB)
+    monkeypatch.setattr(training_needs, "TRAINER", 0)
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Reading a tensor is an error."""
+
+    def read(*_, **__):
+        raise AssertionError("a tensor was read")
+
+    for name in ("load", "rows"):
+        monkeypatch.setattr(checkpoint_module.Checkpoint, name, read)
+
+
+def argv(pair, *more):
+    models = [f"--{who}={pair / who}" for who in ("teacher", "student")]
+    return ["plan", *models, "--device=cpu", "--rank=4", "--max-length=32", *more]
+
+
+def test_options_are_those_of_seeking_and_finetune():
+    commands = typer.main.get_command(cli.app).commands
+    own = {p.name: p for p in commands["plan"].params}
+    extra = {"method", "teacher", "student", "samples", "data", "train_dtype", "probe", "json"}
+    extraction = {f.name for f in fields(SeekingConfig)}
+    training = {"batch", "load_in_4bit", "gradient_checkpointing"}
+    assert own.keys() - extra - {"config"} <= extraction | training
+    for verb, names in (("seeking", extraction), ("finetune", training)):
+        for parameter in commands[verb].params:
+            if parameter.name in own.keys() & names - {"device"}:
+                assert own[parameter.name].opts == parameter.opts
+                assert own[parameter.name].help == parameter.help
+
+
+def test_the_table(pair, capsys):
+    assert cli.run(argv(pair, "--budget=8GiB", "--samples=3")) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0] == "seeking, 3 rows of up to 32 tokens, 8.0 GiB of memory (cpu)"
+    assert max(len(line) for line in lines[3:]) <= 106
+    phases = "prepare record forward tail backward reduce outer write in".split()
+    table = [line.split()[0] for line in lines if re.match(r"  \w+ .*(MiB|GiB)", line)]
+    assert [word for word in table if word in phases] == phases
+    for words in (
+        r"extract \(pkt seeking\): \d+ MiB at most; the smallest --budget that works is \d+ MiB",
+        r"4 rows at a time; 0 blocks streamed twice, 3 once",
+        r"times are estimates, from one block with 3 x 32 tokens: .*FLOP/s forward",
+        r"weights at the rate the files give now",
+        r"finetune \(pkt finetune\): \d+ MiB at most; the smallest --budget that works is",
+        r"8 rows at a time of a batch of 64, float32: process .*, adapter .*, optimizer ",
+        r"a step is [\d.]+ .FLOP, about",
+        r"disk: start 1 MiB, beside it 1 MiB until it is complete; adapter",
+    ):
+        assert re.search(words, " ".join(out.split())), words
+
+
+def test_json_and_nothing_else(pair, no_weights, capsys):
+    assert cli.run(argv(pair, "--json", "--no-probe", "--budget=8GiB", "--samples=2")) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["format"] == 1 and found["budget"] == 2**33 and found["rates"] is None
+    assert found["teacher"]["blocks"] == 3 and found["student"]["blocks"] == 2
+    parameters = sum(p.numel() for p in model_zoo.pair("llama_gqa")[0].parameters())
+    assert found["teacher"]["parameters"] == parameters
+    assert found["teacher"]["stored_bytes"] == 4 * parameters
+    extraction = found["extract"]
+    assert extraction["seconds"] is None and extraction["blocks_resident"] == 3
+    peak = max(phase["bytes"] for phase in extraction["phases"].values())
+    assert extraction["predicted_bytes"] == peak >= 100 * MIB
+    for facts in extraction["phases"].values():
+        assert facts["bytes"] == sum(facts["parts"].values()) and facts["seconds"] is None
+    for name in ("read_bytes", "flops"):
+        assert extraction[name] == sum(p[name] for p in extraction["phases"].values()) > 0
+    assert found["finetune"]["fits"] and found["finetune"]["micro_batch"] == 8
+    assert text(found)
+
+
+def test_options_can_stand_in_a_file(pair, tmp_path, capsys):
+    (tmp_path / "plan.yaml").write_text(
+        f"teacher: {pair / 'teacher'}\nstudent: {pair / 'student'}\nsamples: 2\nrank: 2\n"
+        "max-length: 16\nbudget: 4GiB\nprobe: false\njson: true\nembeddings: false\ndevice: cpu\n"
+    )
+    assert cli.run(["plan", f"--config={tmp_path / 'plan.yaml'}", "--samples=3"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["samples"], found["longest"], found["budget"]) == (3, 16, 2**32)
+    assert "outer" not in found["extract"]["phases"]
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--method=laten"], "method is 'laten'; known is seeking"),
+        (["--student="], "--student is missing"),
+        (["--samples=0"], "samples is 0; give at least 1"),
+        (["--budget=1MiB"], r"1 MiB of memory is too little: the smallest --budget that works is"),
+        (["--budget=1MiB", "--json"], r"smallest --budget that works is \d+ MiB"),
+        (["--budget=lots"], "no amount of memory"),
+        (["--rank=1000"], "rank 1000 is larger than a side"),
+        (["--device=tpu"], "device 'tpu' cannot be used here"),
+        (["--data=absent.jsonl"], "absent.jsonl"),
+        (["--batch=0"], "batch is 0"),
+        (["--train-dtype=int8"], "dtype is 'int8'"),
+    ],
+)
+def test_refusals(pair, capsys, more, says):
+    assert cli.run(argv(pair, "--no-probe", *more)) == 2
+    out, err = capsys.readouterr()
+    assert not out and re.search(says, err) and err.count("\n") == 1
+
+
+def test_vocabularies_are_compared_by_size_where_there_is_no_tokenizer(pair, tmp_path):
+    other = model_zoo.save(
+        model_zoo.build("llama_gqa", **model_zoo.STUDENT | {"vocab": 300}), tmp_path / "other"
+    )
+    with pytest.raises(InputError, match="264 rows.*300 rows.*--vocabulary shared"):
+        plan(pair / "teacher", other, SMALL, timed=False, samples=1)
+    shared = plan(
+        pair / "teacher", other, replace(SMALL, vocabulary="shared"), timed=False, samples=1
+    )
+    assert "outer" in shared["extract"]["phases"]
+
+
+def test_a_process_of_several_is_refused(pair, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(InputError, match="pkt plan runs in one process"):
+        plan(pair / "teacher", pair / "student", SMALL)
+
+
+def test_a_hub_id_costs_headers(pair, serve, tmp_path, capsys):
+    folder = model_zoo.save(
+        model_zoo.build("llama_gqa", vocab=4096, hidden=128, ffn=512, layers=4), tmp_path / "big"
+    )
+    hub = serve(folder)
+    more = ["--vocabulary=shared", "--budget=8GiB", "--json", "--teacher=someone/model"]
+    assert cli.run(argv(pair, *more)) == 0
+    found = json.loads(capsys.readouterr().out)
+    weights = (folder / "model.safetensors").stat().st_size
+    assert hub.bytes_of(".safetensors") <= RANGE < weights
+    assert {name for _, name in hub.requests()} <= {"config.json", "model.safetensors"}
+    teacher = found["teacher"]
+    assert teacher["to_download"] == teacher["stored_bytes"] > 0.99 * (weights - RANGE)
+    assert found["rates"]["read"] is None and found["rates"]["forward"] > 0
+    assert f"{-(-teacher['to_download'] // MIB)} MiB of it to be downloaded" in text(found)
+    assert "reading the weights not counted" in " ".join(text(found).split())
+
+
+def test_a_training_that_does_not_fit_is_said(pair, still, monkeypatch):
+    monkeypatch.setattr(
+        training_needs.TrainingNeeds, "peak", lambda self, rows: (5000 + 100 * rows) * MIB
+    )
+    for budget, size in (("5600MiB", 4), ("2GiB", None)):
+        config = replace(SMALL, budget=budget)
+        found = plan(pair / "teacher", pair / "student", config, samples=1, timed=False)
+        assert found["finetune"]["fits"] == (size is not None)
+        assert found["finetune"]["micro_batch"] == size
+        assert found["finetune"]["smallest_budget"] >= 5108 * MIB
+    says = "does not fit into 2.0 GiB; the smallest --budget that works is 5.0 GiB"
+    assert says in text(found)
+
+
+def test_a_device_that_is_not_here(pair, no_weights):
+    config = replace(SMALL, device="cuda", budget="8GiB")
+    found = plan(pair / "teacher", pair / "student", config, samples=2, timed=False)
+    assert found["device"].startswith("cuda")
+    extraction = found["extract"]
+    assert extraction["phases"]["prepare"]["bytes"] == CONTEXT
+    assert extraction["phases"]["backward"]["parts"]["weights"] > 0
+    assert found["finetune"]["parts"]["process"] == CONTEXT
+    assert found["finetune"]["fits"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device to ask")
+def test_a_device_that_is_not_here_cannot_be_asked(pair):
+    with pytest.raises(InputError, match="no device 'cuda' here .*: --budget 8GiB"):
+        plan(pair / "teacher", pair / "student", replace(SMALL, device="cuda"))
+
+
+def test_no_times_where_memory_is_short_or_a_weight_is_nan(pair, tmp_path, monkeypatch, caplog):
+    teacher = model_zoo.pair("llama_gqa")[0]
+    with torch.no_grad():
+        teacher.model.layers[0].mlp.up_proj.weight[0, 0] = torch.nan
+    damaged = model_zoo.save(teacher, tmp_path / "damaged")
+    found = plan(damaged, pair / "student", replace(SMALL, budget="8GiB"), samples=1)
+    assert found["rates"] is None and "mlp.up_proj.weight holds NaN" in caplog.text
+    monkeypatch.setattr("pkt_ext.probe.available_bytes", lambda device: 1000)
+    found = plan(pair / "teacher", pair / "student", replace(SMALL, budget="8GiB"), samples=1)
+    assert found["rates"] is None and found["finetune"]["step_seconds"] is None
+    assert "estimates" not in text(found)
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "gpt2", "gemma2"])
+def test_a_probe_is_of_the_block_and_leaves_no_trace(family, pair, tmp_path, monkeypatch):
+    model = StreamedModel(Checkpoint.open(model_zoo.save(model_zoo.build(family), tmp_path / "m")))
+    found = probe(model, (3, 48))
+    assert found.shape == (3, 48) and min(found.forward, found.backward, found.read) > 0
+    assert found.window is None and found.factor is None
+    assert all(p.is_meta for p in model.model.parameters())
+    assert "forward" not in vars(model.blocks[0])
+    monkeypatch.setattr("pkt_ext.probe._SECONDS", 0.0)  # nothing but what was tried is affordable
+    assert probe(model, (3, 128)).shape == (1, 64)
+
+
+def test_a_run_takes_what_was_planned(pair, still, tmp_path):
+    """The same function predicts both; what is read and spilled is what was said."""
+    config = replace(SMALL, budget="4GiB", micro_batch=2, dtype="bfloat16")
+    data = pair / "rows.jsonl"
+    found = plan(pair / "teacher", pair / "student", config, data=data, timed=False)
+    report = extract(
+        pair / "teacher", pair / "student", data, tmp_path / "out", config, progress=False
+    )
+    planned, memory = found["extract"], report["memory"]
+    assert found["samples"] == report["samples"]
+    assert memory.items() >= planned["allotment"].items()
+    assert memory["predicted_bytes"] == planned["predicted_bytes"]
+    read = {name: phase["read_bytes"] for name, phase in planned["phases"].items()}
+    head = 4 * model_zoo.VOCAB * model_zoo.TEACHER["hidden"]
+    assert report["bytes_read"] == read["forward"] + read["tail"] + read["backward"] + head
+    assert report["spilled_bytes"] == planned["written_bytes"] > 0
+    start = sum(
+        (tmp_path / "out" / folder / "adapter_model.safetensors").stat().st_size
+        for folder in ("start", "delta")
+    )
+    assert found["disk"]["start"] <= start < 1.5 * found["disk"]["start"]
+    least = f"{planned['smallest_budget'] // MIB}MiB"
+    again = plan(
+        pair / "teacher", pair / "student", replace(config, budget=least), data=data, timed=False
+    )
+    assert again["extract"]["predicted_bytes"] <= parse_bytes(least)
+
+
+def test_a_training_takes_what_was_planned(pair, still, tmp_path):
+    config = replace(SMALL, budget="4GiB", max_length=24)
+    training = FinetuneConfig(batch=4, gradient_checkpointing=False)
+    found = plan(pair / "teacher", pair / "student", config, training, samples=2, timed=False)
+    extract(pair / "teacher", pair / "student", ROWS, tmp_path / "init", config, progress=False)
+    trained = replace(
+        training, max_steps=1, max_length=24, budget="4GiB", device="cpu", prompt_format="plain"
+    )
+    report = finetune(
+        pair / "student", tmp_path / "init", ROWS, tmp_path / "adapter", trained, progress=False
+    )
+    planned = found["finetune"]
+    assert report["predicted_bytes"] == planned["predicted_bytes"]
+    assert report["micro_batch"] == planned["micro_batch"] == 4
+    assert report["trainable_parameters"] == planned["trainable_parameters"]
+    written = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert found["disk"]["adapter"] <= written < 1.5 * found["disk"]["adapter"]
+
+
+def test_what_is_merged_is_as_large_as_was_said(pair):
+    found = plan(pair / "teacher", pair / "student", SMALL, samples=1, timed=False)
+    student = model_zoo.pair("llama_gqa")[1]
+    assert found["disk"]["merged"] == 4 * sum(p.numel() for p in student.parameters())
+
+
+def test_times_add_up(pair):
+    found = plan(pair / "teacher", pair / "student", replace(SMALL, budget="8GiB"), samples=3)
+    seconds = {name: p["seconds"] for name, p in found["extract"]["phases"].items()}
+    known = {name for name, value in seconds.items() if value is not None}
+    assert known == {"forward", "tail", "backward", "reduce", "outer"}
+    assert found["extract"]["seconds"] == pytest.approx(sum(seconds[name] for name in known))
+    rates, forward = found["rates"], found["extract"]["phases"]["forward"]
+    slower = max(forward["flops"] / rates["forward"], forward["read_bytes"] / rates["read"])
+    assert forward["seconds"] == pytest.approx(slower)
+    exact = plan(
+        pair / "teacher", pair / "student", replace(SMALL, svd="exact", budget="8GiB"), samples=3
+    )
+    assert exact["extract"]["phases"]["reduce"]["seconds"] is None
+    assert "cutting and factoring not counted" in " ".join(text(exact).split())
+
+
+@pytest.mark.parametrize(
+    "seconds, shown",
+    [(None, "-"), (0.04, "0.0 s"), (12.3, "12 s"), (100, "1.7 min"), (9000, "2.5 h"),
+     (200_000, "2.3 d")],
+)  # fmt: skip
+def test_durations(seconds, shown):
+    assert module._duration(seconds) == shown
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [(0, "-"), (999, "999 "), (1500, "1.5 K"), (13.02e9, "13.0 G"), (999.6e9, "1.0 T"),
+     (123e15, "123 P"), (5e18, "5000 P")],
+)  # fmt: skip
+def test_counts(value, shown):
+    assert module._count(value) == shown
+
+
+# --- predicted against measured -------------------------------------------------------------------
+# Models whose weights, heads and scores outweigh the interpreter, a few short rows of data.
+
+
+@pytest.fixture(scope="module")
+def start():
+    """start(argv) -> what a `pkt` command in a process of its own has printed."""
+    with subprocess.Popen(
+        [sys.executable, SEVERAL], env=QUIET, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True,
+    ) as process:  # fmt: skip
+
+        def run(arguments):
+            process.stdin.write(json.dumps({"argv": arguments, "size": 1}) + "\n")
+            process.stdin.flush()
+            found = json.loads(process.stdout.readline())
+            assert found["codes"] == [0], found
+            return found["out"][0]
+
+        yield run
+        process.stdin.close()
+
+
+def make_pair(folder, family, dtype, teacher, student):
+    for who, sizes in (("teacher", teacher), ("student", student)):
+        model = model_zoo.build(family, layers=2, heads=8, **sizes)
+        model_zoo.save(model.to(getattr(torch, dtype)), folder / who)
+    rows = [{"prompt": f"{i}?", "completion": "so much " * (8 + i)} for i in range(3)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [f"--{who}={folder / who}" for who in ("teacher", "student")]
+
+
+@pytest.mark.parametrize(
+    "family, stored, teacher, student",
+    [
+        ("llama_gqa", "bfloat16", dict(hidden=1024, ffn=2816, vocab=32000), dict(hidden=256)),
+        ("gpt2", "float16", dict(hidden=1024, ffn=4096, vocab=50257), dict(hidden=512)),
+        ("gemma2", "bfloat16", dict(hidden=768, ffn=3072, vocab=65536), dict(hidden=256)),
+        ("qwen3", "bfloat16", dict(hidden=1024, ffn=3072, vocab=65536), dict(hidden=256)),
+        ("gpt_neox", "float16", dict(hidden=1024, ffn=4096, vocab=50304), dict(hidden=256)),
+    ],
+)
+def test_within_15_percent_of_the_measured_peak(family, stored, teacher, student, start, tmp_path):
+    student |= {"ffn": 512, "vocab": teacher["vocab"]}
+    models = make_pair(tmp_path, family, stored, teacher, student)
+    options = [*models, f"--data={tmp_path / 'rows.jsonl'}", "--device=cpu", "--dtype=float32",
+               "--svd=fast", "--rank=4", "--prompt-format=plain", "--budget=16GiB"]  # fmt: skip
+    planned = json.loads(start(["plan", *options, "--json", "--no-probe"]))["extract"]
+    start(["seeking", *options, f"--out={tmp_path / 'out'}", "-q"])
+    memory = json.loads((tmp_path / "out" / "report.json").read_text())["memory"]
+    measured = memory["peak_bytes"]
+    assert measured > 450 * MIB  # a third and more is not the interpreter's
+    assert memory["predicted_bytes"] == pytest.approx(measured, rel=0.15)
+    assert planned["predicted_bytes"] == pytest.approx(measured, rel=0.15)
+
+
+def test_a_training_within_15_percent(tmp_path):
+    sizes = dict(hidden=768, ffn=2048, vocab=32000)
+    models = make_pair(tmp_path, "llama_gqa", "bfloat16", sizes, sizes)
+    out = tmp_path / "out"
+    options = ["--device=cpu", "--budget=16GiB", "--prompt-format=plain", "--max-steps=1",
+               "--batch=2", f"--data={tmp_path / 'rows.jsonl'}", f"--out={out}", "-q"]  # fmt: skip
+    command = [sys.executable, "-m", "pkt_ext", "finetune", models[1], *options]
+    subprocess.run(command, check=True, env=QUIET)
+    report = json.loads((out / "report.json").read_text())
+    assert report["peak_bytes"] > 600 * MIB
+    assert report["predicted_bytes"] == pytest.approx(report["peak_bytes"], rel=0.15)
