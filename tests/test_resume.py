@@ -142,6 +142,19 @@ def touch_teacher(place):
     return []
 
 
+def test_a_kill_while_exporting_keeps_the_start(place, tmp_path, monkeypatch):
+    out, again = tmp_path / "out", arguments(place, tmp_path / "out", "--export=residual-model")
+    with monkeypatch.context() as patch:
+        patch.setattr("pkt_ext.methods.seeking.residual_model", lambda *_, **__: 1 / 0)
+        assert cli.run(again) == 1
+    first = adapters(out)
+    assert not (tmp_path / "out-residual-model").exists()
+    assert cli.run(again) == 0
+    assert adapters(out) == first
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-residual-model"]
+    assert cli.run(again) == 2
+
+
 def test_a_budget_may_change_on_the_way(place, tmp_path, monkeypatch):
     assert cli.run(arguments(place, tmp_path / "whole")) == 0
     interrupted(place, tmp_path / "out", monkeypatch, 1, "--budget=2GiB")

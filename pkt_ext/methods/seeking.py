@@ -151,17 +151,32 @@ def _extract(
     teacher, student, data, out: Path, config, tokenizer, overwrite, resume, progress, world: World
 ) -> dict:
     """`extract` as one of the processes; only the first one's report is complete."""
-    residual = out.parent / f"{out.name}-residual-model"
-    if config.export and residual.exists() and not overwrite:
+    place, residual = (out.parent / f"{out.name}{s}" for s in (".progress", "-residual-model"))
+    if config.export and residual.exists() and not overwrite and not place.exists():
         raise InputError(f"{residual} exists; choose another --out, or pass --overwrite")
     clock, report = Clock(), {}
     with clock("prepare"):
         job = _prepare(teacher, student, data, config, tokenizer, world)
     run = _run_record(job, data, config)
-    place = out.parent / f"{out.name}.progress"
+
+    def export() -> None:
+        if config.export and world.is_main and (overwrite or not artifact.is_published(residual)):
+            residual_model(
+                student,
+                out,
+                residual,
+                revision=config.student_revision,
+                tokenizer=tokenizer,
+                overwrite=overwrite,
+                progress=progress,
+            )
+
     if resume and not overwrite:
         finished = _finished(out, place, run) if world.is_main else None
         if finished := world.gather(finished)[0]:
+            export()
+            if world.is_main:
+                shutil.rmtree(place)
             return finished
     kept: Progress | None = None
     try:
@@ -188,6 +203,8 @@ def _extract(
                     _write_start(staging, factors, job, config)
                 report.update(_report(job, cutter, windows, passed, clock))
                 report.update(_costs(config, passed, predicted))
+                if config.export:
+                    report["residual_model"] = str(residual)
     except BaseException as error:
         # a checkpoint with NaN has to change, and its progress would not fit the new one
         keep = kept is not None and kept.found and not isinstance(error, NonFiniteError)
@@ -198,18 +215,8 @@ def _extract(
         # what a signal or a fault has interrupted does not wait for the others
         _leave(None if keep else kept, world, wait=hasattr(error, "reported_by"))
         raise
-    _leave(kept, world, wait=True)
-    if config.export == "residual-model" and world.is_main:
-        report["residual_model"] = str(residual)
-        residual_model(
-            student,
-            out,
-            residual,
-            revision=config.student_revision,
-            tokenizer=tokenizer,
-            overwrite=overwrite,
-            progress=progress,
-        )
+    export()
+    _leave(kept, world, wait=True)  # last: until then a repeated command knows its own output
     return report
 
 
@@ -434,7 +441,6 @@ def _finished(out: Path, place: Path, run: dict) -> dict | None:
     found = artifact.read(out)
     if any(found.get(key) != json.loads(json.dumps(run[key])) for key in ("config", "inputs")):
         return None
-    shutil.rmtree(place)
     return json.loads((out / "report.json").read_bytes())
 
 
