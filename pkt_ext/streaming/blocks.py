@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pkt_ext.errors import InputError, NonFiniteError
-from pkt_ext.models.anatomy import describe
+from pkt_ext.models.anatomy import Anatomy, describe
 from pkt_ext.streaming.batches import Batch, make_batches
 
 
@@ -163,22 +163,7 @@ class StreamedModel:
 
     def batches(self, samples, micro_batch: int) -> list[Batch]:
         """`make_batches` within this model's vocabulary and positions."""
-        config, positions = self.model.config, None
-        if self.anatomy.position_embedding:  # rotary models have no table to run out of
-            positions = config.max_position_embeddings
-        rope = getattr(config, "rope_parameters", None) or {}
-        alone = None
-        if rope.get("rope_type") in ("dynamic", "longrope"):
-            own = rope.get("original_max_position_embeddings")
-            alone = own or config.max_position_embeddings
-        return make_batches(
-            samples,
-            micro_batch,
-            vocab_size=self.embedding.num_embeddings,
-            max_positions=positions,
-            alone_above=alone,
-            device=self.device,
-        )
+        return batches_for(self.model, self.anatomy, samples, micro_batch, self.device)
 
     def _put(self, name: str, parameter: nn.Parameter) -> None:
         for module, key in self._places[name]:
@@ -233,6 +218,28 @@ class StreamedModel:
             except _Stop:
                 return first[0], calls
         raise InputError(f"{type(self.model).__name__} does not run all of its blocks in order")
+
+
+def batches_for(
+    model, anatomy: Anatomy, samples, micro_batch: int, device: torch.device | str
+) -> list[Batch]:
+    """`make_batches` within a model's vocabulary and positions; `model` may be on meta."""
+    config, positions = model.config, None
+    if anatomy.position_embedding:  # rotary models have no table to run out of
+        positions = config.max_position_embeddings
+    rope = getattr(config, "rope_parameters", None) or {}
+    alone = None
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        own = rope.get("original_max_position_embeddings")
+        alone = own or config.max_position_embeddings
+    return make_batches(
+        samples,
+        micro_batch,
+        vocab_size=model.get_input_embeddings().num_embeddings,
+        max_positions=positions,
+        alone_above=alone,
+        device=device,
+    )
 
 
 class _Stop(Exception):

@@ -78,6 +78,12 @@ class Progress:
         names = [line["step"] for line in self._lines]
         self.keep(0 if step is None else names.index(step) + 1)
 
+    def drop_from(self, step: str) -> None:
+        """Forget `step`, if it is finished, and all behind it."""
+        names = [line["step"] for line in self._lines]
+        if step in names:
+            self.keep(names.index(step))
+
     def save(self, name: str, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
         """Write tensors; what to record so that `load` finds them."""
         content = format_tensors({key: value.contiguous() for key, value in tensors.items()})
@@ -136,13 +142,14 @@ class Progress:
                 line = json.loads(text) if text.endswith(b"\n") else {}
             except ValueError:
                 line = {}
-            if not line or not all(map(self._sound, line.get("saved", {}).values())):
+            if not line or not all(map(self.sound, line.get("saved", {}).values())):
                 # rewritten, so that the next line is not joined to what is left of this one
                 self._write_journal()
                 return
             self._lines.append(line)
 
-    def _sound(self, saved: dict[str, str]) -> bool:
+    def sound(self, saved: dict[str, str]) -> bool:
+        """Whether the file that `save` wrote is there and undamaged."""
         path = self.folder / saved["file"]
         return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == saved["sha256"]
 
