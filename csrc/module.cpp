@@ -14,6 +14,7 @@ namespace pkt {
 // One line an op.
 void bind_low_rank(py::module_& m);
 void bind_max_window(py::module_& m);
+void bind_neuron_score(py::module_& m);
 void bind_sensitivity(py::module_& m);
 void bind_small_svd(py::module_& m);
 #if defined(PKT_EXT_EMULATED)
@@ -61,6 +62,7 @@ PYBIND11_MODULE(PKT_EXT_MODULE, m) {
 #endif
   pkt::bind_low_rank(m);
   pkt::bind_max_window(m);
+  pkt::bind_neuron_score(m);
   pkt::bind_sensitivity(m);
   pkt::bind_small_svd(m);
 #if defined(PKT_EXT_EMULATED)

@@ -9,6 +9,12 @@ from pkt_ext.ops.low_rank import (
     truncated_svd_reference,
 )
 from pkt_ext.ops.max_window import MaxWindow, max_window, max_window_reference
+from pkt_ext.ops.neuron_score import (
+    NeuronGains,
+    neuron_log_prob_gain,
+    neuron_log_prob_gain_reference,
+    published_scale,
+)
 from pkt_ext.ops.sensitivity import (
     SensitivitySums,
     accumulate_sensitivity_,
@@ -30,6 +36,7 @@ __all__ = [
     "CholeskyInverse",
     "LowRankReport",
     "MaxWindow",
+    "NeuronGains",
     "SensitivitySums",
     "accumulate_sensitivity_",
     "accumulate_sensitivity_reference_",
@@ -43,6 +50,9 @@ __all__ = [
     "lora_factors_reference",
     "max_window",
     "max_window_reference",
+    "neuron_log_prob_gain",
+    "neuron_log_prob_gain_reference",
+    "published_scale",
     "truncated_svd",
     "truncated_svd_reference",
 ]

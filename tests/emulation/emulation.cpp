@@ -22,6 +22,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -288,6 +289,8 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
   if (shared_bytes > static_cast<size_t>(shared_memory_limit)) {
     throw std::runtime_error("emulation: too much shared memory");
   }
+  static std::mutex running;  // callers may be on several threads
+  const std::lock_guard<std::mutex> alone(running);
   Scheduler s;
   s.body = &body;
   s.shared.reset(new unsigned char[shared_bytes]);

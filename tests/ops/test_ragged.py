@@ -17,6 +17,8 @@ from pkt_ext.ops import (
     lora_factors,
     max_window,
     max_window_reference,
+    neuron_log_prob_gain,
+    neuron_log_prob_gain_reference,
 )
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -123,3 +125,13 @@ def test_low_rank(backend, dtype):
     left = torch.linalg.matrix_norm(matrix.double() - b.cpu().double() @ a.cpu().double())
     best = torch.linalg.svdvals(matrix.double())[4:].norm()
     assert left <= 1.02 * best
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=str)
+def test_neuron_score(backend, dtype, softcap):
+    operands = [randn(2, 131), randn(37, 131, dtype=dtype) * 0.1, randn(261, 37, dtype=dtype) * 0.3,
+                randn(2, 37), torch.tensor([1.0, 2.0]), torch.tensor([7, 260])]  # fmt: skip
+    found = neuron_log_prob_gain(*(x.to(backend.device) for x in operands), softcap=softcap)
+    expected = neuron_log_prob_gain_reference(*operands, softcap=softcap).float()
+    torch.testing.assert_close(found.scores.cpu(), expected, rtol=1e-3, atol=1e-4)
