@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pkt_ext.errors import InputError, OutputBusyError, ResourceError
 
-KINDS = ("init", "adapter", "model", "residual-model", "converted")
+KINDS = ("init", "adapter", "delta", "model", "residual-model", "converted")
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -32,7 +32,8 @@ _UNWRITABLE = {
 }  # fmt: skip
 _SAMPLE = 1 << 20  # bytes hashed at either end of a file too large to hash whole
 _WHOLE = 64 << 20  # input files up to this size are hashed whole
-_HASHED_ON_READ = ("init", "adapter")  # a merged model is checked by size; `pkt verify` hashes it
+# a merged model is checked by size; `pkt verify` hashes it
+_HASHED_ON_READ = ("init", "adapter", "delta")
 
 
 @contextlib.contextmanager
@@ -130,7 +131,7 @@ def verify(folder: str | os.PathLike) -> list[str]:
 def read(folder: str | os.PathLike, kind: str | tuple[str, ...] | None = None) -> dict:
     """The run record of a published folder; refuses an incomplete, damaged or wrong one.
 
-    Adapters and Seeking starts are hashed, models compared by size (`verify` hashes them too).
+    What is small is hashed, models are compared by size (`verify` hashes them too).
 
     Raises:
         InputError: no such folder, incomplete, damaged, or none of the kinds asked for.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A student and an adapter written as one complete model, piece by piece."""
+"""A student with an adapter or a sparse delta written as one complete model, piece by piece."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import re
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
-from pkt_ext import artifact
+from pkt_ext import artifact, delta
 from pkt_ext.adapter import (
     CONFIG,
     WEIGHTS,
@@ -27,6 +30,7 @@ from pkt_ext.adapter import (
     read_ordinary,
 )
 from pkt_ext.errors import InputError
+from pkt_ext.models.anatomy import describe
 from pkt_ext.streaming.checkpoint import Checkpoint
 from pkt_ext.streaming.shards import write_shards
 
@@ -50,7 +54,7 @@ def merge(
     overwrite: bool = False,
     progress: bool = True,
 ) -> dict:
-    """Write student + adapter as a complete model: weights, configuration, tokenizer.
+    """Write student + adapter, or + delta, as a complete model: weights, configuration, tokenizer.
 
     Weights go through in pieces of 16 MiB, whatever the model's size; sums are float32, and each
     matrix is rounded once, to the dtype it has in the student.
@@ -61,21 +65,27 @@ def merge(
 
     Args:
         student: folder, hub id or loaded PreTrainedModel: the *unmodified* one.
-        adapter: what `pkt finetune` left, or any plain LoRA adapter in PEFT's format.
+        adapter: what `pkt finetune` left, any plain LoRA adapter in PEFT's format, or a published
+            delta (kind `delta`).
         out: the folder to make (kind `model`).
         dtype: of every weight; float32 loses nothing. None: as stored in the student.
         revision: of a hub id.
         tokenizer: saved along, where the student is a loaded model without a folder.
     Returns:
         What report.json holds: `modules` {path: {norm, survived, rounding_error}}, `survived` of
-        all together, `untied`, `dtype`, `bytes`, `seconds`, `warnings`.
+        all together, `untied`, `dtype`, `bytes`, `seconds`, `warnings`; of a delta also
+        `selection`, which compares what was written with the student (`delta.selection`).
     Raises:
         InputError: a Seeking start (kind `init`), an adapter for another model, NaN, ...
         OutputBusyError, ResourceError: see `artifact.publish`.
     """
-    factors, config, run = read_ordinary(adapter)
+    if delta.is_delta(adapter):
+        source = _delta_source(adapter)
+    else:
+        factors, config, run = read_ordinary(adapter)
+        source = _lora_source(adapter, factors, config, run)
     return _write_model(
-        student, factors, config, out, dtype, kind="model", source=adapter, source_run=run,
+        student, source, out, dtype, kind="model",
         revision=revision, tokenizer=tokenizer, overwrite=overwrite, progress=progress,
     )  # fmt: skip
 
@@ -102,15 +112,66 @@ def residual_model(
     run = artifact.read(init, kind="init")
     factors, config = read_adapter(Path(init) / "delta")
     return _write_model(
-        student, factors, config, out, dtype, kind="residual-model", source=init, source_run=run,
+        student, _lora_source(init, factors, config, run), out, dtype, kind="residual-model",
         revision=revision, tokenizer=tokenizer, overwrite=overwrite, progress=progress,
     )  # fmt: skip
 
 
+# (rows, columns of the stored weight) -> those rows of what is added to it, float32
+_Edit = Callable[[slice, int], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is added to a student's weights."""
+
+    path: str | os.PathLike
+    run: dict
+    what: str  # in words
+    edits: Callable[[Checkpoint, PreTrainedModel], dict[str, _Edit]]  # by module; checks the fit
+    # (student, folder written) -> further entries of the report
+    look: Callable[[Checkpoint, Path], dict] | None = None
+
+
+def _lora_source(path, factors, config: AdapterConfig, run: dict) -> _Source:
+    def edit(factor, scale: float, transposed: bool) -> _Edit:
+        return lambda rows, width: factor.delta(scale, transposed=transposed, rows=rows)
+
+    def edits(checkpoint, skeleton):
+        check_fit(skeleton, factors, tied_ok=True)
+        _check_stored_bases(checkpoint, path, config)
+        return {
+            module: edit(
+                factor,
+                config.scale[module],
+                type(skeleton.get_submodule(module)).__name__ == "Conv1D",
+            )
+            for module, factor in factors.items()
+        }
+
+    return _Source(path, run, "LoRA adapter", edits)
+
+
+def _delta_source(path) -> _Source:
+    def read(skeleton):
+        return delta.read_delta(path, describe(skeleton))
+
+    def look(checkpoint, folder):
+        deltas = read(checkpoint.skeleton(torch.float32))
+        found = delta.selection(checkpoint, folder, deltas)
+        if found["outside"]:
+            raise RuntimeError(f"{found['outside']} weights outside the delta were changed")
+        return {"selection": found}
+
+    def edits(checkpoint, skeleton):
+        return delta.edits(read(skeleton), skeleton)
+
+    return _Source(path, artifact.read(path, kind="delta"), "sparse delta", edits, look)
+
+
 def _write_model(
-    student, factors, config, out, dtype, *, kind, source, source_run, revision, tokenizer,
-    overwrite, progress,
-) -> dict:  # fmt: skip
+    student, source: _Source, out, dtype, *, kind, revision, tokenizer, overwrite, progress
+) -> dict:
     start = time.perf_counter()
     checkpoint = Checkpoint.open(student, revision=revision)
     if checkpoint.quantisation:
@@ -119,26 +180,25 @@ def _write_model(
             "would be again; merge into the unquantised checkpoint that it was made from"
         )
     skeleton = checkpoint.skeleton(torch.float32)
-    check_fit(skeleton, factors, tied_ok=True)
+    edits = source.edits(checkpoint, skeleton)
     if checkpoint.folder and Path(out).resolve() == checkpoint.folder.resolve():
         raise InputError(f"{out} is the student itself; choose another --out")
     ends = [skeleton.get_input_embeddings(), skeleton.get_output_embeddings()]
     tied = None not in ends and ends[0].weight is ends[1].weight
-    untied = tied and any(skeleton.get_submodule(m) in ends for m in factors)
+    untied = tied and any(skeleton.get_submodule(m) in ends for m in edits)
     names = [name for name, _ in skeleton.named_parameters(remove_duplicate=not untied)]
     written = {name: dtype or checkpoint.dtype_of(name) for name in names}
     tensors = {name: (checkpoint.shape(name), written[name]) for name in names}
     size = sum(torch.Size(s).numel() * d.itemsize for s, d in tensors.values())
-    deltas = {f"{module}.weight": module for module in factors}
-    _check_stored_bases(checkpoint, source, config)
+    changed = {f"{module}.weight": module for module in edits}
     report: dict = {"modules": {}, "untied": untied, "warnings": []}
     inputs = {
         "student": artifact.fingerprint(checkpoint.folder or checkpoint.name),
-        "adapter": artifact.fingerprint(source),
+        "adapter": artifact.fingerprint(source.path),
     }
-    _check_same_student(source_run, inputs["student"], report)
+    _check_same_student(source.run, inputs["student"], report)
     run = {
-        "paradigm": source_run.get("paradigm"),
+        "paradigm": source.run.get("paradigm"),
         "config": {"dtype": str(dtype).removeprefix("torch.") if dtype else None},
         "inputs": inputs,
     }
@@ -147,16 +207,15 @@ def _write_model(
     with (
         bar,
         artifact.publish(
-            out, kind=kind, run=run, report=report, card=_model_card(kind, checkpoint.name, source),
-            overwrite=overwrite, planned_bytes=size,
+            out, kind=kind, run=run, report=report, overwrite=overwrite, planned_bytes=size,
+            card=_model_card(kind, checkpoint.name, source.path, source.what),
         ) as folder,
     ):  # fmt: skip
 
         def pieces(name):
-            module = deltas.get(name)
+            module = changed.get(name)
             meter = _Meter()
-            for piece in _summed(checkpoint, name, written[name], factors, config, module, skeleton,
-                                 meter):  # fmt: skip
+            for piece in _summed(checkpoint, name, written[name], edits.get(module), meter):
                 bar.update(piece.numel() * piece.element_size())
                 yield piece
             if module is not None:
@@ -164,6 +223,8 @@ def _write_model(
 
         report["bytes"] = write_shards(folder, tensors, pieces)
         _write_config(folder, checkpoint, skeleton, dtype, untied)
+        if source.look:
+            report.update(source.look(checkpoint, folder))
         _copy_files(folder, checkpoint, tokenizer, report)
         _judge(report, dtype or checkpoint.dtype)
         report["dtype"] = str(dtype or checkpoint.dtype).removeprefix("torch.")
@@ -171,25 +232,21 @@ def _write_model(
     return report
 
 
-def _summed(checkpoint, name, dtype, factors, config, module, skeleton, meter):
+def _summed(checkpoint, name, dtype, edit: _Edit | None, meter):
     """The written rows of one parameter, piece by piece."""
     weight = checkpoint.load([name], checkpoint.dtype_of(name))[name]
-    if module is None:
+    if edit is None:
         yield from (part.to(dtype) for part in weight.reshape(-1).split(_PIECE))
         return
-    factor = factors[module]
-    transposed = type(skeleton.get_submodule(module)).__name__ == "Conv1D"
     rows = max(1, _PIECE // weight.shape[1])
     for first in range(0, weight.shape[0], rows):
         part = weight[first : first + rows].float()
-        delta = factor.delta(
-            config.scale[module], transposed=transposed, rows=slice(first, first + len(part))
-        )
-        total = part + delta
+        added = edit(slice(first, first + len(part)), part.shape[1])
+        total = part + added
         result = total.to(dtype)
         if not result.isfinite().all():
             raise InputError(f"{name}: NaN or infinity in the sum; the student or the dtype is bad")
-        meter.add(part.to(dtype).float(), delta, total, result.float())
+        meter.add(part.to(dtype).float(), added, total, result.float())
         yield result
 
 
@@ -293,10 +350,10 @@ def _copy_files(folder: Path, checkpoint: Checkpoint, tokenizer, report: dict) -
         log.warning(message)
 
 
-def _model_card(kind: str, student: str, source) -> str:
+def _model_card(kind: str, student: str, source, what: str) -> str:
     base, made = artifact.model_name(student), artifact.model_name(source)
     if kind == "model":
-        body = f"`{base}` with the LoRA adapter `{made}` merged into its weights by pkt_ext."
+        body = f"`{base}` with the {what} `{made}` merged into its weights by pkt_ext."
     else:
         body = (
             f"`{base}` minus the product of the Seeking start `{made}`: a base for training with "

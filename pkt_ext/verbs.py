@@ -120,7 +120,7 @@ def merge(settings: dict) -> None:
     )
     typer.echo(
         f"{out}: {len(report['modules'])} matrices changed, {report['survived']:.1%} of the "
-        f"adapter survived rounding to {report['dtype']}"
+        f"delta survived rounding to {report['dtype']}"
     )
 
 

@@ -18,7 +18,7 @@ FLOORS = [
     {"ops"},
     {"models"},
     {"streaming"},
-    {"data", "adapter", "attached", "merge", "lora", "attribution"},
+    {"data", "adapter", "attached", "delta", "merge", "lora", "attribution"},
     {"baselines", "training_needs"},
     {"methods", "finetune"},
     {"demo", "demo_world", "bench", "probe"},
