@@ -387,7 +387,9 @@ def demo_command(
 def bench_command(
     stems: Annotated[
         list[str] | None,
-        typer.Argument(help="sensitivity, max_window, low_rank, small_svd; none: all."),
+        typer.Argument(
+            help="sensitivity, max_window, low_rank, small_svd, neuron_score, streaming; none: all."
+        ),
     ] = None,
     device: Device = None,
     size: Annotated[

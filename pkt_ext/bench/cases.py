@@ -10,12 +10,13 @@ import torch
 
 from pkt_ext.bench.low_rank import LowRank
 from pkt_ext.bench.max_window import Window
+from pkt_ext.bench.neuron_score import Neurons
 from pkt_ext.bench.sensitivity import Elementwise, Linear
 from pkt_ext.bench.small_svd import CholeskyInverse, Svd
 from pkt_ext.bench.streaming import Streamed
 from pkt_ext.errors import InputError
 
-Spec = Elementwise | Linear | Window | LowRank | Svd | CholeskyInverse | Streamed
+Spec = Elementwise | Linear | Window | LowRank | Svd | CholeskyInverse | Streamed | Neurons
 
 SIZES = ("small", "default", "full")  # full has the default's cases too
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -40,11 +41,25 @@ _SMALL: dict[str, list[Spec]] = {  # seconds for all: CI runs them
     "max_window": [Window("tiny", 160, 160, 128, 128)],
     "low_rank": [LowRank("tiny", 640, 576, 8, "spiked", stride=1200)],
     "small_svd": [Svd("tiny", 3, 20), CholeskyInverse("tiny", 3, 20)],
+    "neuron_score": [
+        Neurons("tiny", 150, 40, 700, 2),
+        Neurons("tiny, best", 150, 40, 700, rate=0.08, dtype=FP16),
+    ],
     "streaming": [Streamed("tiny", 64, 96, 2, 300, 2, 20)],
 }
 _SMALL_SVDS = [  # a Krylov basis of one LoRA rank 16 extraction, for every matrix of a kind
     Svd("32 Lanczos cores", 32, 96),
     CholeskyInverse("32 Gram matrices", 32, 64),
+]
+_NEURONS = [  # of a small Llama, and of real ones scaled down
+    Neurons("llama 256 wide, FFN, fp16", 688, 256, 32000, dtype=FP16),
+    Neurons("llama 256 wide, FFN, best 8 %", 688, 256, 32000, rate=0.08),
+    Neurons("llama2-7b.down_proj / 8, best 8 %", 1376, 512, 32000, rate=0.08, dtype=BF16),
+]
+_MORE_NEURONS = [
+    Neurons("llama 256 wide, FFN, 8 samples", 688, 256, 32000, 8, dtype=FP16),
+    Neurons("llama2-7b.down_proj / 4, best 8 %", 2752, 1024, 32000, rate=0.08, dtype=BF16),
+    Neurons("qwen2.5-0.5b.o_proj, best 8 %", 896, 896, 151936, rate=0.08, dtype=BF16),
 ]
 _MORE_SMALL_SVDS = [
     Svd("32 Lanczos cores, float64", 32, 96, torch.float64),
@@ -72,6 +87,7 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
             LowRank("llama2-13b.up_proj window", 11008, 4096, 16, "spiked", 5120),
         ],
         "small_svd": _SMALL_SVDS,
+        "neuron_score": _NEURONS,
         "streaming": [Streamed("llama, 14 M weights", 512, 1408, 2, 8000, 4, 128)],
     },
     ("cpu", "full"): {
@@ -91,6 +107,7 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
             LowRank("llama2-7b.embed_tokens", 4096, 32000, 16, "spiked"),
         ],
         "small_svd": _MORE_SMALL_SVDS,
+        "neuron_score": _MORE_NEURONS,
         "streaming": [
             Streamed("llama, 43 M weights", 768, 2048, 4, 16000, 4, 128),
             Streamed("llama, 0.5 G weights", 2048, 5632, 8, 32000, 4, 256),
@@ -108,6 +125,11 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
         "max_window": _WINDOWS,
         "low_rank": [LowRank("8 llama2-13b.up_proj windows", 11008, 4096, 16, "spiked", 5120, 8)],
         "small_svd": _SMALL_SVDS,
+        "neuron_score": [
+            Neurons("llama2-13b.down_proj", 13824, 5120, 32000, dtype=BF16),
+            Neurons("llama2-13b.down_proj, 8 samples", 13824, 5120, 32000, 8, dtype=BF16),
+            Neurons("llama2-13b.down_proj, best 8 %", 13824, 5120, 32000, rate=0.08, dtype=BF16),
+        ],
         "streaming": [Streamed("4 llama2-13b blocks", 5120, 13824, 4, 32000, 4, 512, BF16)],
     },
     ("cuda", "full"): {
@@ -130,6 +152,11 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
             LowRank("llama2-7b.embed_tokens", 4096, 32000, 16, "spiked"),
         ],
         "small_svd": _MORE_SMALL_SVDS,
+        "neuron_score": [
+            Neurons("llama2-13b.down_proj, 32 samples", 13824, 5120, 32000, 32, dtype=BF16),
+            Neurons("llama2-13b.o_proj, best 8 %", 5120, 5120, 32000, rate=0.08, dtype=BF16),
+            Neurons("qwen2.5-32b.down_proj, best 8 %", 27648, 5120, 152064, rate=0.08, dtype=BF16),
+        ],
         "streaming": [Streamed("4 llama3-70b blocks", 8192, 28672, 4, 128256, 4, 512, BF16)],
     },
 }

@@ -340,7 +340,7 @@ class Match:
             self._samples = {
                 name: [trial.sample]
                 for name, trial in self._trials.items()
-                if trial.seconds > _SLOW
+                if trial.seconds > _SLOW and not trial.failed
             }
             self._out = {
                 name

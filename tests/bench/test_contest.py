@@ -348,8 +348,10 @@ def test_a_rival_that_fails_is_a_row_that_says_so_and_ours_is_an_error(error, ro
         contest.hold(Contest([()], [Contestant("big", "ours", call)]), CPU, 0.01)
 
 
+@pytest.mark.parametrize("slow", [contest._SLOW, 0.0])
 @pytest.mark.parametrize("error", [0.5, float("nan")])
-def test_a_rivals_wrong_result_is_a_row_that_says_so(error):
+def test_a_rivals_wrong_result_is_a_row_that_says_so(error, slow, monkeypatch):
+    monkeypatch.setattr(contest, "_SLOW", slow)
     bad = Contestant("bad", "torch", time.time, lambda _: Verdict(error, 0.1))
     wrong, fine = contest.hold(Contest([()], [bad, Contestant("ok", "ours", time.time)]), CPU, 0.01)
     assert wrong.failed == f"wrong: off by {error:.3g} where 0.1 is allowed" and not wrong.seconds
