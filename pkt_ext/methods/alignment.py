@@ -36,7 +36,8 @@ from pkt_ext.streaming.blocks import batches_for
 from pkt_ext.streaming.progress import Progress
 
 ROWS = 16  # P: the located row and 15 others, as published
-_KIND = {"up": "ffn", "down": "ffn", "v": "attention", "o": "attention"}
+# module type -> the half of a block whose neurons it belongs to
+KIND = {"up": "ffn", "down": "ffn", "v": "attention", "o": "attention"}
 _LOSS_SCALE = 2.0**10  # of float16 students at the start; it falls where gradients overflow
 
 
@@ -106,7 +107,7 @@ class Match:
 
     def places(self, name: str) -> Places | None:
         """Where neurons of this type go."""
-        return getattr(self, _KIND[name])
+        return getattr(self, KIND[name])
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,8 @@ class Alignment:
         config: see there.
     Attributes:
         done: steps taken.
+    Raises:
+        InputError: they do not fit each other, or a student that gives no gradients.
     """
 
     def __init__(
@@ -197,6 +200,9 @@ class Alignment:
                 f"the hypernetwork gives vectors of {hypernetwork.student_size} numbers, the "
                 f"student's have {self.anatomy.hidden_size}; it was trained for another student"
             )
+        if getattr(student, "is_loaded_in_4bit", False) and student.device.type == "cpu":
+            # bitsandbytes repacks the weights there, and their products lose the gradient
+            raise InputError("a 4-bit student gives no gradients on a CPU; load it unquantised")
         self.hypernetwork = hypernetwork.to(student.device)
         self.optimizer = torch.optim.AdamW(
             hypernetwork.parameters(),
@@ -363,7 +369,9 @@ class Alignment:
         try:
             self.student.eval()
             for block in blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+                block.forward = partial(
+                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+                )
             yield
         finally:
             for block, forward in zip(blocks, before, strict=True):

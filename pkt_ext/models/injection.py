@@ -135,7 +135,7 @@ def injected(
     added once, by the module itself.
 
     Args:
-        model:   a causal language model of a supported family; 4-bit weights work.
+        model:   a causal language model of a supported family.
         deltas:  see `Deltas`; values that require grad get one.
         anatomy: of the model, where it is known.
         dtype:   that the products are computed in, if the module's output has no higher one; what

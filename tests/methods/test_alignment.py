@@ -312,6 +312,10 @@ def test_refusals():
         replace(match, attention=None)
     with pytest.raises(InputError, match="another student"):
         Alignment(student, Hypernetwork(48, 31), AlignmentConfig(steps=1))
+    student.is_loaded_in_4bit = True
+    with pytest.raises(InputError, match="no gradients on a CPU"):
+        Alignment(student, Hypernetwork(48, 32), AlignmentConfig(steps=1))
+    student.is_loaded_in_4bit = False
     wrong = Alignment(student, Hypernetwork(40, 32), AlignmentConfig(steps=1))
     with pytest.raises(InputError, match="48 numbers; the hypernetwork translates .* of 40"):
         wrong.step(match, rows)
