@@ -110,7 +110,7 @@ def plan(
         "budget": limit,
         "samples": len(rows),
         "longest": max(len(row.input_ids) for row in rows),
-        "extract": _extraction(model, parts, predicted, rates),
+        "extract": _extraction(model, parts, predicted, len(rows), rates),
         "finetune": _training(needs, training, limit),
         "rates": asdict(rates) if rates else None,
         "disk": _disk(student, parts, config, predicted),
@@ -196,11 +196,9 @@ def _disk(
 def _rates(
     model: StreamedModel, predicted: Prediction, parts: Plan, config: SeekingConfig
 ) -> Rates | None:
-    # the full SVD of a large matrix takes minutes
-    cut = None if config.svd == "exact" else parts
     try:
         return probe(
-            model, predicted.shape, cut, rank=config.rank, mode=config.svd, seed=config.seed
+            model, predicted.shape, parts, rank=config.rank, mode=config.svd, seed=config.seed
         )
     except PktError as error:
         log.warning("no times: %s", error)
@@ -208,15 +206,21 @@ def _rates(
 
 
 def _extraction(
-    model: StreamedModel, parts: Plan, predicted: Prediction, rates: Rates | None
+    model: StreamedModel, parts: Plan, predicted: Prediction, samples: int, rates: Rates | None
 ) -> dict:
-    seconds = _seconds(parts, predicted, rates) if rates else {}
+    mapped = predicted.allotment.resident > 0 and not predicted.phases["forward"]["weights"]
+    read = dict(predicted.read)
+    if mapped and read["forward"] > available_bytes(model.device):
+        read["backward"] = read["forward"]  # the page cache cannot hold what it has seen
+    predicted = replace(predicted, read=read)
+    seconds = _seconds(parts, predicted, samples, rates) if rates else {}
     count = len(model.block_names)
     return {
         "predicted_bytes": predicted.peak,
         "smallest_budget": parse_bytes(smallest_that_works(predicted.least)),
         "allotment": asdict(predicted.allotment),
         "blocks_resident": min(predicted.allotment.resident, count),
+        "blocks_mapped": mapped,
         "blocks_streamed": count - min(predicted.allotment.resident, count),
         "phases": {
             phase: {
@@ -236,11 +240,13 @@ def _extraction(
     }
 
 
-def _seconds(parts: Plan, predicted: Prediction, rates: Rates) -> dict[str, float]:
+def _seconds(parts: Plan, predicted: Prediction, samples: int, rates: Rates) -> dict[str, float]:
     """Phase -> seconds: computing and reading at once where blocks are read ahead, else in turn."""
-    found = {}
+    found, blocks = {}, len(parts.teacher.blocks)
     for phase, flops in predicted.flops.items():
-        computing = flops / (rates.backward if phase == "backward" else rates.forward)
+        pace = rates.backward if phase == "backward" else rates.forward
+        passes = samples * blocks if phase in ("forward", "backward") else 0
+        computing = pace.seconds(passes, flops)
         reading = predicted.read[phase] / rates.read if rates.read else 0.0
         together = predicted.allotment.ahead and phase != "outer"
         found[phase] = max(computing, reading) if together else computing + reading
@@ -249,7 +255,7 @@ def _seconds(parts: Plan, predicted: Prediction, rates: Rates) -> dict[str, floa
     searched = sum(torch.Size(mine.shape).numel() for mine, _ in parts.cuts.values())
     factored = sum(torch.Size(theirs.shape).numel() for _, theirs in parts.cuts.values())
     each = searched / rates.window + factored / rates.factor
-    found["reduce"] = each * len(parts.teacher.blocks)  # as if every block were cut
+    found["reduce"] = each * blocks  # as if every block were cut
     if parts.outer:
         tables = 2 * parts.student.vocab_size * parts.student.hidden_size
         found["outer"] += tables / rates.factor
@@ -286,7 +292,7 @@ def _time_training(
         log.warning("no time of a step: %s", error)
         return
     if rates is not None:
-        found["step_seconds"] = found["step_flops"] / rates.backward
+        found["step_seconds"] = found["step_flops"] / rates.backward.flops
 
 
 # --- text -----------------------------------------------------------------------------------------
@@ -305,8 +311,8 @@ def text(document: dict) -> str:
     """The document as a table."""
     extract, limit = document["extract"], format_bytes(document["budget"])
     lines = [
-        f"{document['method']}, {document['samples']} rows of up to {document['longest']} tokens, "
-        f"{limit} of memory ({document['device']})",
+        f"{document['method']}, {_rows(document['samples'])} of up to {document['longest']} "
+        f"tokens, {limit} of memory ({document['device']})",
         *(_model_line(who, document[who]) for who in ("teacher", "student")),
         "",
         f"extract (pkt seeking): {format_bytes(extract['predicted_bytes'])} at most; the smallest "
@@ -332,9 +338,9 @@ def text(document: dict) -> str:
     lines += [*_estimate(document), "", *_training_lines(document["finetune"], limit), ""]
     disk = {name: format_bytes(size) for name, size in document["disk"].items()}
     lines.append(
-        f"disk: start {disk['start']}, beside it {disk['progress']} until it is complete; adapter "
-        f"{disk['adapter']}; merged model {disk['merged']}"
+        f"disk: start {disk['start']}, with {disk['progress']} beside it until it is complete"
     )
+    lines.append(f"  adapter {disk['adapter']}, merged model {disk['merged']}")
     return "\n".join(lines)
 
 
@@ -355,9 +361,15 @@ def _how(extract: dict) -> list[str]:
     """What is resident, streamed and spilled."""
     allotment = extract["allotment"]
     head, spilled = allotment["head_rows"], extract["spilled_bytes"]
+    if extract["blocks_mapped"]:
+        blocks = "the blocks are mapped from the files, which is page cache, "
+    else:
+        blocks = (
+            f"{extract['blocks_streamed']} blocks streamed twice, {extract['blocks_resident']} "
+            "once (they stay for the backward), "
+        )
     return _wrapped(
-        f"{allotment['micro_batch']} rows at a time; {extract['blocks_streamed']} blocks streamed "
-        f"twice, {extract['blocks_resident']} once (they stay for the backward), "
+        f"{_rows(allotment['micro_batch'])} at a time; {blocks}"
         + ("the next one read ahead; " if allotment["ahead"] else "nothing read ahead; ")
         + f"the head {'whole' if head is None else f'in parts of {head} rows'}; "
         + (f"{format_bytes(spilled)} of activations in files" if spilled else "no files")
@@ -370,8 +382,10 @@ def _estimate(document: dict) -> list[str]:
         return []
     size, length = rates["shape"]
     line = (
-        f"times are estimates, from one block with {size} x {length} tokens: "
-        f"{_count(rates['forward'])}FLOP/s forward, {_count(rates['backward'])}FLOP/s backward; "
+        f"times are estimates, from one block with {size} x {length} tokens on this machine as it "
+        "is now: "
+        f"{_count(rates['forward']['flops'])}FLOP/s forward, "
+        f"{_count(rates['backward']['flops'])}FLOP/s backward; "
     )
     if rates["read"]:
         speed = format_bytes(int(rates["read"]))
@@ -400,10 +414,14 @@ def _training_lines(training: dict, limit: str) -> list[str]:
         f"finetune (pkt finetune): {predicted} at most; the smallest --budget that works is "
         f"{smallest}",
         *_wrapped(
-            f"{training['micro_batch']} rows at a time of a batch of {training['batch']}, "
+            f"{_rows(training['micro_batch'])} at a time of a batch of {training['batch']}, "
             f"{training['dtype']}: {parts}; {step}"
         ),
     ]
+
+
+def _rows(count: int) -> str:
+    return f"{count} row" if count == 1 else f"{count} rows"
 
 
 def _wrapped(line: str) -> list[str]:

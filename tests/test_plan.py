@@ -21,7 +21,7 @@ from pkt_ext.errors import InputError
 from pkt_ext.finetune import FinetuneConfig, finetune
 from pkt_ext.methods.seeking import SeekingConfig, extract
 from pkt_ext.plan import plan, text
-from pkt_ext.probe import probe
+from pkt_ext.probe import _pace, probe
 from pkt_ext.streaming import checkpoint as checkpoint_module
 from pkt_ext.streaming import needs
 from pkt_ext.streaming.blocks import StreamedModel
@@ -90,13 +90,13 @@ def test_the_table(pair, capsys):
     assert [word for word in table if word in phases] == phases
     for words in (
         r"extract \(pkt seeking\): \d+ MiB at most; the smallest --budget that works is \d+ MiB",
-        r"4 rows at a time; 0 blocks streamed twice, 3 once",
-        r"times are estimates, from one block with 3 x 32 tokens: .*FLOP/s forward",
+        r"4 rows at a time; the blocks are mapped from the files, which is page cache, the next",
+        r"times are estimates, from one block with 3 x 32 tokens on this .*FLOP/s forward",
         r"weights at the rate the files give now",
         r"finetune \(pkt finetune\): \d+ MiB at most; the smallest --budget that works is",
         r"8 rows at a time of a batch of 64, float32: process .*, adapter .*, optimizer ",
         r"a step is [\d.]+ .FLOP, about",
-        r"disk: start 1 MiB, beside it 1 MiB until it is complete; adapter",
+        r"disk: start 1 MiB, with 1 MiB beside it until it is complete adapter 1 MiB, merged",
     ):
         assert re.search(words, " ".join(out.split())), words
 
@@ -186,7 +186,7 @@ def test_a_hub_id_costs_headers(pair, serve, tmp_path, capsys):
     assert {name for _, name in hub.requests()} <= {"config.json", "model.safetensors"}
     teacher = found["teacher"]
     assert teacher["to_download"] == teacher["stored_bytes"] > 0.99 * (weights - RANGE)
-    assert found["rates"]["read"] is None and found["rates"]["forward"] > 0
+    assert found["rates"]["read"] is None and found["rates"]["forward"]["flops"] > 0
     assert f"{-(-teacher['to_download'] // MIB)} MiB of it to be downloaded" in text(found)
     assert "reading the weights not counted" in " ".join(text(found).split())
 
@@ -235,11 +235,39 @@ def test_no_times_where_memory_is_short_or_a_weight_is_nan(pair, tmp_path, monke
     assert "estimates" not in text(found)
 
 
+def test_time_is_for_each_sample_and_each_operation():
+    """5 ms a sample and 1 GFLOP/s, from 1 x 16 and 2 x 64 tokens of 1 MFLOP each."""
+    few, many = 0.005 + 0.016, 2 * 0.005 + 0.128
+    found = _pace(few, many, 16_000_000, 128_000_000, 2)
+    assert (found.fixed, found.flops) == pytest.approx((0.005, 1e9))
+    assert found.seconds(2, 128e6) == pytest.approx(many)
+    slower = _pace(few, many, 16_000_000, 128_000_000, 2, most=0.98e9)
+    assert slower.flops == 0.98e9 and slower.fixed < 0.005
+    assert slower.seconds(2, 128e6) == pytest.approx(many)
+    for seconds in (0.01, 0.13):  # of noise: more tokens in no more time, or in more than in all
+        found = _pace(0.01, seconds, 16_000_000, 128_000_000, 1)
+        assert found.fixed == 0 and found.seconds(1, 128e6) == pytest.approx(seconds)
+
+
+def test_mapped_blocks_are_read_again_where_the_cache_is_small(pair, monkeypatch):
+    def reads():
+        found = plan(
+            pair / "teacher", pair / "student", replace(SMALL, budget="4GiB"), timed=False
+        )["extract"]
+        return [found["phases"][name]["read_bytes"] for name in ("forward", "backward")]
+
+    once, nothing = reads()
+    assert once > 0 == nothing
+    monkeypatch.setattr(module, "available_bytes", lambda device: once - 1)
+    assert reads() == [once, once]
+
+
 @pytest.mark.parametrize("family", ["llama_gqa", "gpt2", "gemma2"])
 def test_a_probe_is_of_the_block_and_leaves_no_trace(family, pair, tmp_path, monkeypatch):
     model = StreamedModel(Checkpoint.open(model_zoo.save(model_zoo.build(family), tmp_path / "m")))
     found = probe(model, (3, 48))
-    assert found.shape == (3, 48) and min(found.forward, found.backward, found.read) > 0
+    assert found.shape == (3, 48)
+    assert min(found.forward.flops, found.backward.flops, found.read) > 0
     assert found.window is None and found.factor is None
     assert all(p.is_meta for p in model.model.parameters())
     assert "forward" not in vars(model.blocks[0])
@@ -307,7 +335,8 @@ def test_times_add_up(pair):
     assert known == {"forward", "tail", "backward", "reduce", "outer"}
     assert found["extract"]["seconds"] == pytest.approx(sum(seconds[name] for name in known))
     rates, forward = found["rates"], found["extract"]["phases"]["forward"]
-    slower = max(forward["flops"] / rates["forward"], forward["read_bytes"] / rates["read"])
+    computing = 3 * 3 * rates["forward"]["fixed"] + forward["flops"] / rates["forward"]["flops"]
+    slower = max(computing, forward["read_bytes"] / rates["read"])
     assert forward["seconds"] == pytest.approx(slower)
     exact = plan(
         pair / "teacher", pair / "student", replace(SMALL, svd="exact", budget="8GiB"), samples=3
