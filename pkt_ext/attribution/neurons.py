@@ -13,6 +13,10 @@ In parallel blocks the FFN reads the block's input, so that is its x. Where a no
 the last projection and the residual stream (Gemma 2, OLMo 2), its scale is frozen as well and its
 gain is part of v: a block's neurons always sum to what it adds, less biases.
 
+As published (`compat`), sigma is the square root of a standard deviation, arithmetic is float16,
+scores are rounded to 4 decimals, and a of an attention neuron is what the last position takes from
+itself alone.
+
 Source: LaTen (ACL 2025) and its released scripts, after Yu & Ananiadou, EMNLP 2024. The scripts run
 one sample in half precision with every product stored; here all samples share one forward pass with
 one block resident, and the projections of the kept blocks come in once more, one at a time.
@@ -20,32 +24,29 @@ one block resident, and the projections of the kept blocks come in once more, on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from pkt_ext import ops
+from pkt_ext.attribution.flows import ROLES, Flows, projection_of
 from pkt_ext.attribution.lens import Lens, LogProbs
-from pkt_ext.errors import InputError
-from pkt_ext.models.anatomy import Projection
-from pkt_ext.models.capture import Flow, residual_flow
-from pkt_ext.models.norms import Norm, read_norm
+from pkt_ext.errors import InputError, NonFiniteError
+from pkt_ext.models.norms import read_norm
 from pkt_ext.ops.neuron_score import MODES
-from pkt_ext.streaming.batches import Batch, Sample, with_distinct_ids
+from pkt_ext.streaming.batches import Sample, with_distinct_ids
 from pkt_ext.streaming.blocks import StreamedModel
 from pkt_ext.streaming.budget import Allotment
 from pkt_ext.streaming.meter import PassReport
-from pkt_ext.streaming.passes import Pass, Visitor
+from pkt_ext.streaming.passes import Pass
 from pkt_ext.streaming.reader import Part
 from pkt_ext.streaming.readout import check_logits, head_parts
 
 __all__ = ["BlockNeurons", "Located", "locate"]
-
-_ROLES = ("o", "down")  # by half of a block: the projection whose columns are its neurons
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +110,7 @@ def locate(
     attention_neurons: int,
     ffn_neurons: int,
     mode: str = "top",
+    compat: str | None = None,
     allotment: Allotment,
     on_report: Callable[[PassReport], None] = lambda report: None,
     show: bool = True,
@@ -122,6 +124,8 @@ def locate(
         ffn_neurons:       likewise of its FFN.
         mode:              "top" (exact, only those that can be among the best are evaluated), "all"
                            or "first-order"; see `ops.neuron_log_prob_gain`.
+        compat:            "published": the released ranking, of Llama's kind of model in float16;
+                           slow, as that is. Equal scores abound: the lower index goes first.
         allotment:         how memory is shared out; `resident` does not count. While neurons are
                            scored the whole head is resident.
         on_report:         given what the pass has cost.
@@ -135,17 +139,19 @@ def locate(
         ResourceError: no disk space for the activations.
     """
     counts = (attention_neurons, ffn_neurons)
-    _check_options(stream, blocks, counts, mode)
+    _check_options(stream, blocks, counts, mode, compat)
     batches = stream.batches(targets, allotment.micro_batch)
-    flows = _Flows(stream, batches, [sample.id for sample in with_distinct_ids(targets)])
+    ids = [sample.id for sample in with_distinct_ids(targets)]
+    flows = Flows(stream, batches, ids, own_values=compat is not None)
     with Pass(stream, batches, flows, allotment=allotment, show=show) as run:
-        parts, small = head_parts(stream, allotment.head_rows), Part(run.readout.small_names)
+        rows = None if compat else allotment.head_rows
+        parts, small = head_parts(stream, rows), Part(run.readout.small_names)
         run.forward([small, *parts])
         with run.resident(small), ExitStack() as head:
             if len(parts) == 1:  # it stays for the neurons
                 head.enter_context(run.resident(parts[0]))
             with run.meter.stage("gains"):
-                gains = _block_gains(run, flows, parts)
+                gains = _block_gains(run, flows, parts, compat)
             kept = tuple([_strongest(g, blocks) for g in half.T] for half in gains.halves)
             wanted = _wanted(flows, kept, counts)
             whole = [Part((stream.head_name,))] if wanted and len(parts) > 1 else []
@@ -157,7 +163,9 @@ def locate(
                 for half, block, part in _bar(wanted, show):
                     some = [n for n, chosen in enumerate(kept[half]) if block in chosen]
                     with run.resident(part):
-                        best = _best(flows, gains, half, block, some, counts[half], mode)
+                        best = _best_neurons(
+                            gains.scorer, flows, half, block, some, counts[half], mode
+                        )
                     scores |= {(half, n, block): b for n, b in zip(some, best, strict=True)}
         on_report(run.report())
 
@@ -180,99 +188,103 @@ def locate(
     ]
 
 
-def _check_options(stream: StreamedModel, blocks: int, counts: tuple[int, int], mode: str) -> None:
+def _check_options(
+    stream: StreamedModel, blocks: int, counts: tuple[int, int], mode: str, compat: str | None
+) -> None:
     there = len(stream.block_names)
     if mode not in MODES:
         raise InputError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")
+    if compat not in (None, "published"):
+        raise InputError(f"compat is {compat!r}; choose published, or leave it out")
+    if compat and mode == "first-order":
+        raise InputError("compat published has no first-order scores; choose mode all or top")
+    if compat and stream.dtype != torch.float16:
+        kind = str(stream.dtype).removeprefix("torch.")
+        raise InputError(f"compat published computes in float16, not {kind}; give --dtype float16")
+    if compat and not _is_llamas(stream):
+        raise InputError(
+            "compat published knows models with a final RMSNorm and plain logits alone; leave it "
+            f"out for {type(stream.model).__name__}"
+        )
     if not 1 <= blocks <= there:
         raise InputError(f"{blocks} blocks are to be kept of {there}; give 1 to {there}")
-    for count, role, what in zip(counts, _ROLES, ("attention", "FFN"), strict=True):
-        width = min(_projection(stream, block, role).shape[1] for block in range(there))
+    for count, role, what in zip(counts, ROLES, ("attention", "FFN"), strict=True):
+        width = min(projection_of(stream, block, role).shape[1] for block in range(there))
         if not 0 <= count <= width:
             raise InputError(
                 f"{count} {what} neurons are to be kept of a block's {width}; give 0 to {width}"
             )
 
 
-def _projection(stream: StreamedModel, block: int, role: str) -> Projection:
-    return next(p for p in stream.anatomy.projections[block] if p.role == role)
+def _is_llamas(stream: StreamedModel) -> bool:
+    """Whether final norm and head are of Llama's kind."""
+    path = stream.anatomy.final_norm
+    if path is None or stream.anatomy.logit_softcap or stream.head.bias is not None:
+        return False
+    return not read_norm(stream.model.get_submodule(path), path).centred
 
 
-class _Flows(Visitor):
-    """What flows at each sample's scored position, on the host; N samples in the order of `ids`.
+@dataclass(frozen=True, eq=False)
+class _Scorer:
+    """`ops.neuron_log_prob_gain` of one model and its samples; the head is resident."""
 
-    Halves of blocks are counted 2 * block + (0 attention, 1 FFN).
+    lens: Lens
+    sigma: torch.Tensor  # fp32 [N], on the device
+    targets: torch.Tensor  # int64 [N], on the device
+    compat: str | None
 
-    Attributes:
-        base, added: [2L, N, D], see `capture.Addition`.
-        final:       [N, D], out of the last block.
-        neurons:     by half, [N, K].
-        scales:      fp32 [2L, N], what the norm behind the last projection divides by, or 1.
-        norms:       by half, that norm's path and what it is, or None.
-        targets:     int64 [N].
-    """
+    def best(
+        self,
+        some: list[int],
+        base: torch.Tensor,
+        strengths: torch.Tensor,
+        vectors: torch.Tensor,
+        count: int,
+        mode: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """L2 and L4: scores and indices, both [S, count] on the host, by descending score.
 
-    def __init__(self, stream: StreamedModel, batches: Sequence[Batch], ids: list[str]):
-        self.stream, self.ids = stream, ids
-        self._row = {name: n for n, name in enumerate(ids)}
-        self._positions: dict[str, int] = {}
-        self.targets = torch.empty(len(ids), dtype=torch.int64)
-        for batch in batches:
-            for index, name in enumerate(batch.ids):
-                positions, tokens = batch.targets(index)
-                if len(tokens) != 1:
-                    raise InputError(
-                        f"sample {name!r} has {len(tokens)} targets; locating looks at one, see "
-                        "pkt_ext.data.encode_targets"
-                    )
-                self._positions[name] = int(positions)
-                self.targets[self._row[name]] = tokens[0]
-        halves, width = 2 * len(stream.block_names), stream.anatomy.hidden_size
-        shape = (halves, len(ids), width)
-        self.base, self.added = (torch.empty(shape, dtype=stream.dtype) for _ in range(2))
-        self.final = torch.empty(shape[1:], dtype=stream.dtype)
-        self.neurons = [
-            torch.empty(len(ids), _projection(stream, block, role).shape[1], dtype=stream.dtype)
-            for block in range(len(stream.block_names))
-            for role in _ROLES
-        ]
-        self.scales = torch.ones(shape[:2])
-        self.norms: list[tuple[str, Norm] | None] = [None] * halves
-
-    @contextmanager
-    def forward(self, index: int, block: nn.Module, batch: Batch) -> Iterator[None]:
-        """Keep the flow of one micro-batch through one block."""
-        positions = torch.tensor([self._positions[name] for name in batch.ids])
-        projections, found = self.stream.anatomy.projections[index], []
-        with residual_flow(block, projections, positions.to(self.stream.device), found.append):
-            yield
-        self._keep(index, block, [self._row[name] for name in batch.ids], *found)
-
-    def _keep(self, index: int, block: nn.Module, rows: list[int], flow: Flow) -> None:
-        self.final[rows] = flow.output.cpu()
-        for half, addition in enumerate((flow.attention, flow.ffn), 2 * index):
-            self.base[half, rows] = addition.base.cpu()
-            self.added[half, rows] = addition.added.cpu()
-            self.neurons[half][rows] = addition.neurons.cpu()
-            if addition.norm is not None:
-                path = f"{self.stream.anatomy.blocks[index]}.{addition.norm}"
-                norm = read_norm(block.get_submodule(addition.norm), path)
-                self.norms[half] = path, norm
-                self.scales[half, rows] = norm.scale(addition.output.float()).cpu()
+        Args:
+            some:      the samples' numbers, S of them.
+            base:      [S, D] x.
+            strengths: [S, K] m or a.
+            vectors:   [D, K], on the device.
+        """
+        device, top = vectors.device, mode == "top" and self.compat is None
+        scores, indices, _ = ops.neuron_log_prob_gain(
+            strengths.to(device),
+            vectors,
+            self.lens.stream.head.weight,
+            base.to(device).float(),
+            self.sigma[some],
+            self.targets[some],
+            mode="all" if self.compat else mode,
+            k=count if top else None,
+            gain=self.lens.gain,
+            lens_bias=self.lens.bias,
+            head_bias=self.lens.head_bias,
+            layernorm=self.lens.centred,
+            softcap=self.lens.softcap,
+            compat=self.compat,
+        )
+        if not top:
+            scores, indices = (
+                t[:, :count] for t in scores.sort(dim=1, descending=True, stable=True)
+            )
+        return scores.cpu(), indices.cpu()
 
 
 @dataclass(frozen=True, eq=False)
 class _Gains:
     """What the blocks do for the log-probability of each sample's target."""
 
-    lens: Lens
-    sigma: torch.Tensor  # fp32 [N], on the device
+    scorer: _Scorer
     log_probs: torch.Tensor  # fp32 [N], the model's own
     halves: tuple[torch.Tensor, torch.Tensor]  # fp32 [L, N]: attention, FFN
 
 
 @torch.no_grad()
-def _block_gains(run: Pass, flows: _Flows, parts: list[Part]) -> _Gains:
+def _block_gains(run: Pass, flows: Flows, parts: list[Part], compat: str | None) -> _Gains:
     """L2 of every block; a head in one part is resident already."""
     stream, lens = run.stream, Lens.of(run.stream)
     final, targets = (tensor.to(stream.device) for tensor in (flows.final, flows.targets))
@@ -292,26 +304,48 @@ def _block_gains(run: Pass, flows: _Flows, parts: list[Part]) -> _Gains:
                 check_logits(stream, final[:1], lens.logits(inputs, 0, rows))
             for log_probs in (model, before, after):
                 log_probs.take_in(first)
+    log_probs = model.result()
+    _check_finite(flows, log_probs[None], ["the head"], stream.last_names, "logits")
     found = (after.result() - before.result()).unflatten(0, flows.base.shape[:2])
-    _check_finite(stream, flows, model.result()[None], ["the head"], stream.last_names, "logits")
-    _check_finite(
-        stream, flows, found, [b for b in stream.anatomy.blocks for _ in _ROLES], (), "gains"
-    )
-    return _Gains(lens, sigma, model.result(), (found[::2], found[1::2]))
+    scorer = _Scorer(lens, sigma, targets, compat)
+    if compat:
+        scorer = replace(scorer, sigma=ops.published_scale(final))
+        found = _published_gains(scorer, flows)
+    where = [path for path in stream.anatomy.blocks for _ in ROLES]
+    _check_finite(flows, found, where, (), "gains", compat)
+    return _Gains(scorer, log_probs, (found[::2], found[1::2]))
+
+
+def _published_gains(scorer: _Scorer, flows: Flows) -> torch.Tensor:
+    """Gains [2L, N] by the published arithmetic: what a half adds, as if it were one neuron."""
+    device, found = flows.stream.device, torch.empty(flows.base.shape[:2])
+    for half, n in product(*map(range, found.shape)):
+        vector = flows.added[half, n, :, None].to(device)
+        base = flows.base[half, n, None]
+        found[half, n] = scorer.best([n], base, torch.ones(1, 1), vector, 1, "all")[0]
+    return found
 
 
 def _check_finite(
-    stream: StreamedModel,
-    flows: _Flows,
+    flows: Flows,
     values: torch.Tensor,
     where: Sequence[str],
     names: Sequence[str],
     what: str,
+    compat: str | None = None,
 ) -> None:
     """Refuse NaN and infinity in `values` [len(where), N], by name."""
-    if len(bad := (~torch.isfinite(values)).nonzero()):
-        place, n = bad[0].tolist()
-        raise stream.not_finite(flows.ids[n], where[place], names, what)
+    if not len(bad := (~torch.isfinite(values)).nonzero()):
+        return
+    place, n = bad[0].tolist()
+    sample = flows.ids[n]
+    if compat:
+        raise NonFiniteError(
+            f"{where[place]}: the target of sample {sample!r} has no probability in float16, where "
+            "the published code ranks by chance; leave compat out, or the sample",
+            sample,
+        )
+    raise flows.stream.not_finite(sample, where[place], names, what)
 
 
 def _strongest(gains: torch.Tensor, count: int) -> list[int]:
@@ -320,14 +354,14 @@ def _strongest(gains: torch.Tensor, count: int) -> list[int]:
 
 
 def _wanted(
-    flows: _Flows, kept: tuple[list[list[int]], ...], counts: tuple[int, int]
+    flows: Flows, kept: tuple[list[list[int]], ...], counts: tuple[int, int]
 ) -> list[tuple[int, int, Part]]:
     """(half, block, what is needed of it) of every block that some sample keeps."""
     stream, found = flows.stream, []
     for block, path in enumerate(stream.anatomy.blocks):
-        for half, role in enumerate(_ROLES):
+        for half, role in enumerate(ROLES):
             if counts[half] and any(block in chosen for chosen in kept[half]):
-                names = [f"{path}.{_projection(stream, block, role).module}.weight"]
+                names = [f"{path}.{projection_of(stream, block, role).module}.weight"]
                 if norm := flows.norms[2 * block + half]:
                     names += [n for n in stream.block_names[block] if n.startswith(f"{norm[0]}.")]
                 found.append((half, block, Part(tuple(names))))
@@ -335,48 +369,32 @@ def _wanted(
 
 
 @torch.no_grad()
-def _best(
-    flows: _Flows,
-    gains: _Gains,
+def _best_neurons(
+    scorer: _Scorer,
+    flows: Flows,
     half: int,
     block: int,
     some: list[int],
     count: int,
     mode: str,
 ) -> list[BlockNeurons]:
-    """L4: of one half of a block, whose projection is resident, for the samples that keep it."""
-    stream, lens, place = flows.stream, gains.lens, 2 * block + half
-    device, path = stream.device, stream.anatomy.blocks[block]
-    projection = _projection(stream, block, _ROLES[half])
+    """Of one half of a block, whose projection is resident, for the samples that keep it."""
+    stream, place, path = flows.stream, 2 * block + half, flows.stream.anatomy.blocks[block]
+    projection = projection_of(stream, block, ROLES[half])
     vectors = projection.matrix(stream.model.get_parameter(f"{path}.{projection.module}.weight"))
     if behind := flows.norms[place]:
         name, norm = behind
         gain = norm.gain(stream.model.get_submodule(name))
         vectors = norm.frozen(vectors.T.float(), 1.0, gain).T
     strengths = flows.neurons[place][some].float() / flows.scales[place, some, None]
-    best = mode == "top"
-    scores, indices, _ = ops.neuron_log_prob_gain(
-        strengths.to(device),
-        vectors,
-        stream.head.weight,
-        flows.base[place, some].to(device).float(),
-        gains.sigma[some],
-        flows.targets[some].to(device),
-        mode=mode,
-        k=count if best else None,
-        gain=lens.gain,
-        lens_bias=lens.bias,
-        head_bias=lens.head_bias,
-        layernorm=lens.centred,
-        softcap=lens.softcap,
-    )
-    for n, row in zip(some, scores, strict=True):
-        if not torch.isfinite(row).all():
-            raise stream.not_finite(flows.ids[n], path, (), "scores of neurons")
-    if not best:
-        scores, indices = (t[:, :count] for t in scores.sort(dim=1, descending=True, stable=True))
-    pairs = zip(indices.cpu(), scores.cpu(), strict=True)
-    return [BlockNeurons(block, *(t.clone() for t in pair)) for pair in pairs]
+    base = flows.base[place, some]
+    scores, indices = scorer.best(some, base, strengths, vectors, count, mode)
+    whose = torch.zeros(1, len(flows.ids))
+    whose[0, some] = scores.sum(1)
+    _check_finite(flows, whose, [path], (), "scores of neurons", scorer.compat)
+    # copies: what is kept of a sample is not to hold the others'
+    pairs = zip(indices, scores, strict=True)
+    return [BlockNeurons(block, i.clone(), s.clone()) for i, s in pairs]
 
 
 def _bar(wanted: list[tuple[int, int, Part]], show: bool) -> Iterable[tuple[int, int, Part]]:

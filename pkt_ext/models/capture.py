@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
@@ -205,3 +205,58 @@ def _differ(sums: torch.Tensor, seen: torch.Tensor) -> bool:
     """Whether fp32 sums are other than what was rounded to `seen`; NaN is for others to name."""
     worst, most = (sums - seen).abs().max(), torch.maximum(sums.abs().max(), seen.abs().max())
     return bool(worst > 4 * torch.finfo(seen.dtype).eps * most)
+
+
+@contextmanager
+def own_values(
+    block: nn.Module,
+    projections: Sequence[Projection],
+    positions: torch.Tensor,
+    receive: Callable[[torch.Tensor], None],
+) -> Iterator[None]:
+    """Hand over what a position puts into o by attending to itself: alpha_{t,t} v_t, by head.
+
+    Attention is linear in its values: it runs once more behind the block's own forward, with every
+    other position's value at zero, up to o. So it is exact whatever computes it, and query heads
+    that share a value head each have their own part.
+
+    Args:
+        projections: the block's, from its anatomy.
+        positions:   int64 [B].
+        receive:     given [B, heads * head_dim].
+    """
+    modules = {p.role: (block.get_submodule(p.module), p) for p in projections}
+    (values, projection), (last, _) = modules["v"], modules["o"]
+    calls: list[tuple[tuple, dict]] = []
+
+    def only_own(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        rows = slice(None) if projection.rows is None else projection.rows.index().to(output.device)
+        index = torch.arange(output.shape[1], device=output.device)
+        others = (index != positions[:, None])[..., None]  # [B, T, 1]
+        output = output.clone()
+        output[..., rows] = output[..., rows].masked_fill(others, 0)
+        return output
+
+    def take(module: nn.Module, args: tuple) -> None:
+        batch = torch.arange(len(positions), device=positions.device)
+        receive(args[0].reshape(len(positions), -1, args[0].shape[-1])[batch, positions])
+        raise _Taken
+
+    def again(module: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+        calls.append((args, kwargs))
+
+    handle = block.register_forward_hook(again, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+    args, kwargs = calls.pop()
+    with ExitStack() as stack:
+        stack.callback(values.register_forward_hook(only_own).remove)
+        stack.callback(last.register_forward_pre_hook(take).remove)
+        stack.enter_context(suppress(_Taken))
+        block(*args, **kwargs)
+
+
+class _Taken(Exception):
+    """Ends a block's second forward where nothing more is wanted of it."""

@@ -322,6 +322,82 @@ def test_only_kept_projections_are_read_again(tmp_path):
     assert found.ffn_blocks == (0, 1, 2, 3) and not any(len(b.indices) for b in found.ffn)
 
 
+class Published:
+    """The released arithmetic for one float16 model of Llama's kind, spelt out; see METHODS 3.8."""
+
+    def __init__(self, model, final, token):
+        self.model, self.token = model, token
+        deviation = (final.float().var(correction=0) + 1e-5).sqrt()
+        self.factor = torch.rsqrt(deviation + 1e-6) * model.model.norm.weight.float()
+
+    def score(self, base, vectors):
+        """[D], [K, D] -> [K]"""
+
+        def log_prob(x):
+            logits = self.model.lm_head((x * self.factor).half())
+            return logits.softmax(-1)[..., self.token].log()
+
+        scores = log_prob(base.float() + vectors.float()) - log_prob(base.float())
+        return torch.tensor([round(s, 4) for s in scores.tolist()], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_gqa"])
+def test_published_ranking(family, tmp_path):
+    """Scores within a step of float16, whose log-probabilities near -5 are 2^-8 apart."""
+    model = zoo.build(family, layers=3).half()
+    model.set_attn_implementation("eager")
+    (sample,) = rows((11,))
+    (found,) = run(
+        zoo.save(model, tmp_path),
+        [sample],
+        dtype=None,
+        compat="published",
+        attention_neurons=32,
+        ffn_neurons=48,
+        blocks=3,
+    )
+    seen, handles = {}, []
+    for index, layer in enumerate(model.model.layers):
+        for name, module in (
+            ("v", layer.self_attn.v_proj),
+            ("o", layer.self_attn.o_proj),
+            ("down", layer.mlp.down_proj),
+            ("block", layer),
+        ):
+            keep = lambda m, a, o, key=(index, name): seen.update({key: (a[0], o)})  # noqa: E731
+            handles.append(module.register_forward_hook(keep))
+    with torch.no_grad():
+        out = model(sample.input_ids[None, :-1], use_cache=False, output_attentions=True)
+    at = {k: [Oracle.last(t).half() for t in pair] for k, pair in seen.items()}
+    token = int(sample.input_ids[-1])
+    assert found.log_prob == pytest.approx(
+        out.logits[0, -1].double().log_softmax(0)[token].item(), abs=5e-3
+    )
+    published = Published(model, at[2, "block"][1], token)
+    for index, layer in enumerate(model.model.layers):
+        base, attention = at[index, "block"][0], at[index, "o"][1]
+        own = out.attentions[index][0, :, -1, -1]
+        values = (
+            at[index, "v"][1]
+            .unflatten(0, (-1, 8))
+            .repeat_interleave(4 // model.config.num_key_value_heads, 0)
+        )
+        own = (own[:, None] * values).flatten()
+        o, down = layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight
+        ffn = at[index, "down"]
+        for half, gains, start, added, vectors in (
+            (found.attention, found.attention_gains, base, attention, o * own),
+            (found.ffn, found.ffn_gains, base + attention, ffn[1], down * ffn[0]),
+        ):
+            close(gains[index], published.score(start, added[None])[0], 5e-3)
+            scores = published.score(start, vectors.T.detach())
+            close(half[index].scores, scores[half[index].indices], 5e-3)
+            for rank in range(len(scores) - 1):  # ties abound
+                one, two = half[index].scores[rank : rank + 2]
+                first, second = half[index].indices[rank : rank + 2]
+                assert one > two or (one == two and first < second)
+
+
 def test_a_finding_goes_into_a_report():
     (found, other) = run(zoo.build("llama"), [rows((9,))[0]] * 2)
     assert (found.sample, other.sample) == ("row-0", "row-0 (2)")
@@ -357,11 +433,30 @@ def test_a_heads_bias_counts():
         ({"attention_neurons": 33}, "33 attention neurons are to be kept of a block's 32"),
         ({"attention_neurons": -1}, "-1 attention neurons"),
         ({"mode": "best"}, "mode is 'best'; choose one of all, top, first-order"),
+        ({"compat": "yes"}, "compat is 'yes'; choose published"),
+        ({"compat": "published"}, "computes in float16, not float32; give --dtype float16"),
+        ({"compat": "published", "mode": "first-order"}, "no first-order scores"),
     ],
 )
 def test_what_is_not_there_is_refused(options, says):
     with pytest.raises(InputError, match=says):
         run(zoo.build("llama"), rows((9,)), **options)
+
+
+def test_where_the_published_code_ranks_by_chance_is_refused_by_name():
+    model = zoo.build("llama")
+    with torch.no_grad():
+        model.lm_head.weight *= 40  # probabilities below 6e-8 are 0 in float16
+    found = run(model, rows((9, 7)), dtype=torch.float16)
+    assert min(one.log_prob for one in found) < -20
+    with pytest.raises(NonFiniteError, match="target of sample 'row-.' has no probability"):
+        run(model, rows((9, 7)), dtype=torch.float16, compat="published")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_the_published_code_knows_llamas_kind_alone(family):
+    with pytest.raises(InputError, match="a final RMSNorm and plain logits alone; leave it out"):
+        run(zoo.build(family), rows((9,)), dtype=torch.float16, compat="published")
 
 
 def test_several_targets_are_refused_by_name():

@@ -7,7 +7,7 @@ import torch
 
 from pkt_ext.errors import InputError
 from pkt_ext.models.anatomy import describe
-from pkt_ext.models.capture import residual_flow
+from pkt_ext.models.capture import own_values, residual_flow
 
 FAMILIES = [name for name in zoo.FAMILIES if name != "opt_post_norm"]
 NORMED = ("gemma2", "gemma3", "olmo2")  # a norm between last projection and residual stream
@@ -89,3 +89,28 @@ def test_a_scaled_contribution_is_refused(part):
     )
     with pytest.raises(InputError, match="LlamaDecoderLayer does not add"):
         flows(model, ids())
+
+
+@pytest.mark.parametrize("family", zoo.FAMILIES)
+def test_own_values_are_the_weight_on_oneself_times_ones_value(family):
+    model = zoo.build(family, layers=2)
+    model.set_attn_implementation("eager")
+    anatomy, found, seen = describe(model), [], {}
+    block = model.get_submodule(anatomy.blocks[1])
+    projection = next(p for p in anatomy.projections[1] if p.role == "v")
+    module = block.get_submodule(projection.module)
+    handle = module.register_forward_hook(lambda m, a, o: seen.setdefault("v", o))
+    with torch.no_grad():
+        weights = model(ids(), use_cache=False, output_attentions=True).attentions[1]
+        handle.remove()
+        before = hooks(block)
+        with own_values(block, anatomy.projections[1], POSITIONS, found.append):
+            plain = model(ids(), use_cache=False).logits
+        assert plain.equal(model(ids(), use_cache=False).logits) and hooks(block) == before
+    rows = torch.arange(2), POSITIONS
+    chosen = projection.rows.index() if projection.rows else slice(None)
+    values = seen["v"][..., chosen][rows].unflatten(-1, (anatomy.kv_heads, anatomy.head_dim))
+    own = weights.diagonal(dim1=2, dim2=3)[rows[0], :, rows[1]]  # [B, heads]
+    shared = anatomy.heads // anatomy.kv_heads
+    expected = (own[..., None] * values.repeat_interleave(shared, 1)).flatten(1)
+    torch.testing.assert_close(found[0], expected)
