@@ -208,6 +208,7 @@ class Pass:
                 self._forward(index, keep=False)
                 self.store.drop(_hidden(index))
         self.store.drop(_hidden(len(self._blocks)))
+        self._bar.close()
 
     def first_gradient(self, number: int) -> torch.Tensor:
         """After `run`: gradient [B, T, D] by a micro-batch's first hidden states; scaled."""
