@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of the README and of the kernels' page, run as written, on tiny models."""
+"""The commands of the README and of the pages in docs, run as written, on tiny models."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import model_zoo
 import pytest
 
 ROOT = Path(__file__).parents[1]
+STARTS = ("start-in-2GiB", "start-of-two")  # what the memory page makes
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +72,12 @@ def test_readme_is_short_and_its_links_lead_somewhere():
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_memory_page(shop):
+    (script,) = blocks("docs/memory.md", "bash")
+    run(shop, ["bash", "-euc", script])
+    one, two = (json.loads((shop / name / "report.json").read_text()) for name in STARTS)
+    assert one["budget"] == 2 * 2**30 >= one["memory"]["peak_bytes"]
+    assert [len(r["processes"]) for r in (one, two)] == [0, 2]
+    assert one["blocks"] == two["blocks"]
