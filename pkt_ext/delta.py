@@ -48,9 +48,10 @@ def write_delta(folder: str | os.PathLike, deltas: Deltas, anatomy: Anatomy) -> 
     tensors = {}
     names = _names(anatomy)
     for key, change in changes(anatomy, deltas).items():
-        values = change.values.detach().to("cpu", torch.float32).contiguous()
+        # copies: up and down may share an index, and safetensors refuses what shares memory
+        values = change.values.detach().to("cpu", torch.float32, copy=True).contiguous()
         _check_finite(change.module, values)
-        tensors[f"{names[key]}.index"] = deltas[key][0].cpu().contiguous()
+        tensors[f"{names[key]}.index"] = deltas[key][0].to("cpu", copy=True)
         tensors[f"{names[key]}.values"] = values
     # one entry: safetensors writes several in random order, and equal runs leave equal bytes
     save_file(tensors, Path(folder) / FILE, metadata={"pkt_ext": "delta"})

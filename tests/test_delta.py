@@ -119,6 +119,17 @@ def test_pieces_of_any_size_make_the_same_model(tmp_path, monkeypatch):
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_up_and_down_may_share_their_index(tmp_path):
+    """As they come out of the hypernetwork: slices of one tensor, and values of another."""
+    anatomy = describe(zoo.build("llama"))
+    index, values = torch.tensor([[5, 2], [7, 0]]), torch.randn(2, 2, 32)
+    deltas = {(b, role): (index[b], values[b]) for b in (0, 1) for role in ("up", "down")}
+    delta.publish_delta(tmp_path / "out", deltas, anatomy, base_model="student")
+    read = delta.read_delta(tmp_path / "out", anatomy)
+    for key, content in deltas.items():
+        assert all(torch.equal(*pair) for pair in zip(read[key], content, strict=True))
+
+
 def test_rounding_is_reported_and_float32_is_exact(tmp_path):
     """A bfloat16 student, a delta below its weights' spacing."""
     _, folder, deltas, out = made("llama_gqa", tmp_path, dtype=torch.bfloat16, size=1e-4)

@@ -28,16 +28,15 @@ from torch.utils.checkpoint import checkpoint
 
 from pkt_ext.errors import InputError, NonFiniteError
 from pkt_ext.methods.hypernetwork import REGULARISER, Hypernetwork, penalty
+from pkt_ext.methods.matching import Match, student_deltas
 from pkt_ext.models.anatomy import Anatomy, describe
-from pkt_ext.models.injection import Deltas, injected, value_rows
+from pkt_ext.models.injection import Deltas, injected
 from pkt_ext.settings import check_choices
 from pkt_ext.streaming.batches import Batch, Sample
 from pkt_ext.streaming.blocks import batches_for
 from pkt_ext.streaming.progress import Progress
 
 ROWS = 16  # P: the located row and 15 others, as published
-# module type -> the half of a block whose neurons it belongs to
-KIND = {"up": "ffn", "down": "ffn", "v": "attention", "o": "attention"}
 _LOSS_SCALE = 2.0**10  # of float16 students at the start; it falls where gradients overflow
 
 
@@ -71,43 +70,6 @@ class AlignmentConfig:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas are {self.betas}; give two numbers from 0 to below 1")
         check_choices(self, schedule=("onecycle", "constant"), reduction=("sum", "mean"))
-
-
-@dataclass(frozen=True, eq=False)
-class Places:
-    """n student neurons in each of K blocks, in the order of the teacher's that go there."""
-
-    blocks: tuple[int, ...]
-    index: torch.Tensor  # int64 [K, n]
-
-
-@dataclass(frozen=True, eq=False)
-class Match:
-    """Teacher neurons and the student's that they go to: the j-th best to the j-th best (L4, L5).
-
-    A neuron of v or o is (h, j), counted as a column of o. With grouped queries several may share a
-    row of the student's v, see `injection.value_rows`.
-    """
-
-    neurons: dict[str, torch.Tensor]  # {type: [K, n, d_t]}, of the hypernetwork's types
-    ffn: Places | None  # where up and down go
-    attention: Places | None  # where v and o go
-
-    def __post_init__(self):
-        for name, vectors in self.neurons.items():
-            places = self.places(name)
-            if places is None or vectors.shape[:-1] != places.index.shape or not len(vectors):
-                there = None if places is None else [*places.index.shape]
-                raise InputError(
-                    f"{name}: {[*vectors.shape[:-1]]} teacher neurons for {there} places in the "
-                    "student (blocks, neurons); they go in pairs: lower the transfer rate"
-                )
-            if len(places.blocks) != len(places.index):
-                raise InputError(f"{name}: {len(places.index)} rows for blocks {places.blocks}")
-
-    def places(self, name: str) -> Places | None:
-        """Where neurons of this type go."""
-        return getattr(self, KIND[name])
 
 
 @dataclass(frozen=True)
@@ -152,23 +114,6 @@ def draw_rows(
     """
     count = min(rows - 1, len(align))
     return [*random.Random(step).sample(list(align), count), located]
-
-
-def student_deltas(
-    translated: dict[str, torch.Tensor], match: Match, anatomy: Anatomy
-) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
-    """The student's changes from translated neurons {type: [K, n, d_s]}: differentiable.
-
-    See `injection.Deltas`; rows of v that several neurons share get the mean of their values.
-    """
-    deltas = {}
-    for name, values in translated.items():
-        places = match.places(name)
-        # unbind, not values[k]: its backward stacks once instead of summing K mostly empty tensors
-        for block, index, each in zip(places.blocks, places.index, values.unbind(0), strict=True):
-            index = index.to(each.device)
-            deltas[block, name] = value_rows(index, each, anatomy) if name == "v" else (index, each)
-    return deltas
 
 
 class Alignment:
@@ -326,6 +271,11 @@ class Alignment:
         if lines:
             self._load(progress, lines[-1], len(lines))
         return [StepReport(**line["report"]) for line in lines]
+
+    def load_step(self, progress: Progress, step: int) -> None:
+        """Take the hypernetwork as it was behind a step that `save` noted; to use, not to train."""
+        saved = progress.find(f"align-{step:04}")["saved"]["hypernetwork"]
+        self.hypernetwork.load_state_dict(progress.load(saved))
 
     def _load(self, progress: Progress, line: dict, done: int) -> None:
         self.hypernetwork.load_state_dict(progress.load(line["saved"]["hypernetwork"]))

@@ -1,22 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A teacher's located neurons, read from its checkpoint and paired with the student's (L3 to L5).
+"""A teacher's located neurons, read from its checkpoint and paired with the student's.
 
 The i-th kept block of one goes to the i-th kept block of the other, the j-th best neuron in it to
-the j-th best: ranks are matched, nothing is compared.
+the j-th best: ranks are matched, nothing is compared (METHODS L3 to L5).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from pkt_ext.attribution.neurons import BlockNeurons, Located
-from pkt_ext.methods.alignment import KIND, Match, Places
+from pkt_ext.errors import InputError
 from pkt_ext.methods.hypernetwork import TYPES
 from pkt_ext.models.anatomy import Anatomy
-from pkt_ext.models.injection import ROW_ROLES, value_row_numbers
+from pkt_ext.models.injection import ROW_ROLES, value_row_numbers, value_rows
 from pkt_ext.streaming.checkpoint import Checkpoint
+
+# module type -> the half of a block whose neurons it belongs to
+KIND = {"up": "ffn", "down": "ffn", "v": "attention", "o": "attention"}
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """n student neurons in each of K blocks, in the order of the teacher's that go there."""
+
+    blocks: tuple[int, ...]
+    index: torch.Tensor  # int64 [K, n]
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """Teacher neurons and the student's that they go to: the j-th best to the j-th best (L4, L5).
+
+    A neuron of v or o is (h, j), counted as a column of o. With grouped queries several may share a
+    row of the student's v, see `injection.value_rows`.
+    """
+
+    neurons: dict[str, torch.Tensor]  # {type: [K, n, d_t]}, of the hypernetwork's types
+    ffn: Places | None  # where up and down go
+    attention: Places | None  # where v and o go
+
+    def __post_init__(self):
+        for name, vectors in self.neurons.items():
+            places = self.places(name)
+            if places is None or vectors.shape[:-1] != places.index.shape or not len(vectors):
+                there = None if places is None else [*places.index.shape]
+                raise InputError(
+                    f"{name}: {[*vectors.shape[:-1]]} teacher neurons for {there} places in the "
+                    "student (blocks, neurons); they go in pairs: lower the transfer rate"
+                )
+            if len(places.blocks) != len(places.index):
+                raise InputError(f"{name}: {len(places.index)} rows for blocks {places.blocks}")
+
+    def places(self, name: str) -> Places | None:
+        """Where neurons of this type go."""
+        return getattr(self, KIND[name])
 
 
 def match_neurons(
@@ -76,6 +117,23 @@ def read_neurons(
         return checkpoint.rows(name, index, torch.float32)
     matrix = checkpoint.load([name], checkpoint.dtype_of(name))[name].detach()
     return matrix.index_select(1, index).T.float().contiguous()
+
+
+def student_deltas(
+    translated: dict[str, torch.Tensor], match: Match, anatomy: Anatomy
+) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
+    """The student's changes from translated neurons {type: [K, n, d_s]}: differentiable.
+
+    See `injection.Deltas`; rows of v that several neurons share get the mean of their values.
+    """
+    deltas = {}
+    for name, values in translated.items():
+        places = match.places(name)
+        # unbind, not values[k]: its backward stacks once instead of summing K mostly empty tensors
+        for block, index, each in zip(places.blocks, places.index, values.unbind(0), strict=True):
+            index = index.to(each.device)
+            deltas[block, name] = value_rows(index, each, anatomy) if name == "v" else (index, each)
+    return deltas
 
 
 def _places(found: Sequence[BlockNeurons]) -> Places:

@@ -14,13 +14,11 @@ from pkt_ext.methods.alignment import (
     Alignment,
     AlignmentConfig,
     EarlyStop,
-    Match,
-    Places,
     draw_rows,
     row_losses,
-    student_deltas,
 )
 from pkt_ext.methods.hypernetwork import Hypernetwork, penalty
+from pkt_ext.methods.matching import Match, Places, student_deltas
 from pkt_ext.models.anatomy import describe
 from pkt_ext.models.injection import injected
 from pkt_ext.streaming.batches import Sample
