@@ -17,7 +17,7 @@ from pkt_ext.ops._workers import over_tiles
 
 _CHUNK = 128  # neurons whose logits torch's ways have in memory at once
 _TILE = 1024  # neurons, and tokens, of the plain product's tiles
-_LOOPED = 64  # neurons that the published way is timed on
+_LOOPED = 256  # neurons that the published way is timed on
 _CHECKED = 192  # neurons that are compared with float64
 _LOGITS = 2.5  # standard deviation of the samples' logits, about what trained models have
 

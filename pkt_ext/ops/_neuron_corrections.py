@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from pkt_ext.ops import _backend
-from pkt_ext.ops._lens import Lens, capped_change, float64_buffer, float64_rows
+from pkt_ext.ops._lens import Lens, capped_change, float64_buffer, float64_rows, widened
 from pkt_ext.ops._thin_products import on_threads
 from pkt_ext.ops._workers import over_tiles, spans
 
@@ -60,7 +60,7 @@ class Corrections:
         )
 
         def tile(part: slice, buffer: torch.Tensor) -> torch.Tensor:
-            rows = buffer[: part.stop - part.start].copy_(self._lens.head[part])
+            rows = widened(self._lens.head[part], buffer)
             planes = self._tokens[samples][:, :, part].double()
             shifts = strengths * (weights @ rows.T)
             if self._lens.softcap is not None:

@@ -6,6 +6,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pkt_ext.bench.contest import peak_bytes
 from pkt_ext.ops import (
     _backend,
     neuron_log_prob_gain,
@@ -396,6 +397,18 @@ def test_a_large_vocabulary():
     found = neuron_log_prob_gain(**operands, **options, mode="top", k=5)
     truth = neuron_log_prob_gain_reference(**operands, **options)
     assert found.indices.equal(truth.topk(5).indices)
+
+
+@pytest.mark.parametrize("mode", [{"mode": "all"}, {"mode": "top", "k": 200}])
+def test_memory_is_that_of_a_tile(any_threads, mode):
+    """Not neurons x vocabulary (240 MB) nor a widened copy of the head (7.7 MB) beside a panel of
+    1024 x 1024 (4 MB), buffers and what is linear in either."""
+    torch.set_num_threads(1)
+    operands, options = problem(1, 2000, 64, 30000, dtype=torch.bfloat16, strength=0.5)
+    peak = peak_bytes(
+        lambda: neuron_log_prob_gain(**operands, **options, **mode), torch.device("cpu")
+    )
+    assert peak <= 7e6
 
 
 # --- as published ---------------------------------------------------------------------------------
