@@ -312,7 +312,7 @@ class Alignment:
     @contextmanager
     def _in_use(self) -> Iterator[None]:
         """The student in eval mode, its blocks recomputed in the backward pass where asked for."""
-        mode = self.student.training
+        training = [module for module in self.student.modules() if module.training]
         blocks = [self.student.get_submodule(path) for path in self.anatomy.blocks]
         blocks = blocks if self.config.gradient_checkpointing else []
         before = [block.__dict__.get("forward") for block in blocks]
@@ -329,7 +329,8 @@ class Alignment:
                     block.__dict__.pop("forward", None)
                 else:
                     block.forward = forward
-            self.student.train(mode)
+            for module in training:
+                module.training = True
 
     def _gradients(
         self, deltas: Deltas, batches: list[Batch], where: str
