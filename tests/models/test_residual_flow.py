@@ -81,6 +81,19 @@ def test_blocks_without_a_residual_stream_are_refused():
         flows(zoo.build("opt_post_norm"), ids())
 
 
+def test_large_activations_that_a_block_takes_away_are_rounding():
+    """As the last blocks of real models do; the sum's error is that of its terms."""
+    model = zoo.build("llama_bias").to(torch.bfloat16)
+    layer = model.model.layers[1]
+    with torch.no_grad():
+        layer.self_attn.o_proj.bias[3] = 4000.0
+        layer.mlp.down_proj.bias[3] = -4000.0
+    (flow,), _ = flows(model, ids())
+    terms = flow.attention.base.float() + flow.attention.added + flow.ffn.added
+    error, size = (terms - flow.output).abs().max(), flow.output.abs().max()
+    assert error > 4 * torch.finfo(torch.bfloat16).eps * size
+
+
 @pytest.mark.parametrize("part", ["self_attn.o_proj", "mlp.down_proj"])
 def test_a_scaled_contribution_is_refused(part):
     model = zoo.build("llama")
