@@ -144,7 +144,7 @@ def locate(
     ids = [sample.id for sample in with_distinct_ids(targets)]
     flows = Flows(stream, batches, ids, own_values=compat is not None)
     with Pass(stream, batches, flows, allotment=allotment, show=show) as run:
-        rows = None if compat else allotment.head_rows
+        rows = None if compat else allotment.head_rows  # its softmax is of whole rows
         parts, small = head_parts(stream, rows), Part(run.readout.small_names)
         run.forward([small, *parts])
         with run.resident(small), ExitStack() as head:
@@ -168,24 +168,7 @@ def locate(
                         )
                     scores |= {(half, n, block): b for n, b in zip(some, best, strict=True)}
         on_report(run.report())
-
-    nothing = torch.empty(0, dtype=torch.int64), torch.empty(0)
-
-    def neurons(half: int, n: int) -> tuple[BlockNeurons, ...]:
-        found = (scores.get((half, n, b)) or BlockNeurons(b, *nothing) for b in kept[half][n])
-        return tuple(found)
-
-    return [
-        Located(
-            sample=name,
-            log_prob=float(gains.log_probs[n]),
-            attention_gains=tuple(gains.halves[0][:, n].tolist()),
-            ffn_gains=tuple(gains.halves[1][:, n].tolist()),
-            attention=neurons(0, n),
-            ffn=neurons(1, n),
-        )
-        for n, name in enumerate(flows.ids)
-    ]
+    return [_located(flows, gains, kept, scores, n) for n in range(len(ids))]
 
 
 def _check_options(
@@ -395,6 +378,24 @@ def _best_neurons(
     # copies: what is kept of a sample is not to hold the others'
     pairs = zip(indices, scores, strict=True)
     return [BlockNeurons(block, i.clone(), s.clone()) for i, s in pairs]
+
+
+def _located(
+    flows: Flows,
+    gains: _Gains,
+    kept: tuple[list[list[int]], ...],
+    scores: dict[tuple[int, int, int], BlockNeurons],
+    n: int,
+) -> Located:
+    """What there is of sample `n`."""
+    nothing = torch.empty(0, dtype=torch.int64), torch.empty(0)
+    attention, ffn = (
+        tuple(scores.get((half, n, b)) or BlockNeurons(b, *nothing) for b in kept[half][n])
+        for half in range(2)
+    )
+    of_attention, of_ffn = (tuple(half[:, n].tolist()) for half in gains.halves)
+    log_prob = float(gains.log_probs[n])
+    return Located(flows.ids[n], log_prob, of_attention, of_ffn, attention, ffn)
 
 
 def _bar(wanted: list[tuple[int, int, Part]], show: bool) -> Iterable[tuple[int, int, Part]]:
