@@ -12,11 +12,15 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+from pkt_ext.attribution.neurons import locate
 from pkt_ext.attribution.sensitivity import sensitivity
 from pkt_ext.errors import InputError
 from pkt_ext.merge import residual_model
 from pkt_ext.methods.seeking import SeekingConfig, extract
 from pkt_ext.streaming import quantised
+from pkt_ext.streaming.batches import IGNORED, Sample
+from pkt_ext.streaming.blocks import StreamedModel
+from pkt_ext.streaming.budget import Allotment
 from pkt_ext.streaming.checkpoint import Checkpoint
 from pkt_ext.streaming.files import read_config
 
@@ -145,6 +149,28 @@ def test_sensitivities_are_those_of_the_dequantised_weights(made, tmp_path):
     assert found.keys() == expected.keys()
     for name, scores in expected.items():
         assert torch.equal(found[name], scores), name
+
+
+def test_neurons_are_those_of_the_dequantised_weights(made, tmp_path):
+    _, model, folder = made
+    checkpoint = Checkpoint.open(folder)
+    plain = hf.AutoModelForCausalLM.from_config(checkpoint.config, dtype=checkpoint.dtype)
+    plain.load_state_dict(dequantised(model))
+    target = torch.full((9,), IGNORED)
+    target[-1] = 17
+    found = [
+        locate(
+            StreamedModel(Checkpoint.open(source)),
+            [Sample("one", torch.arange(20, 29), target)],
+            blocks=1,
+            attention_neurons=4,
+            ffn_neurons=4,
+            allotment=Allotment(1),
+            show=False,
+        )[0].summary()
+        for source in (folder, model_zoo.save(plain, tmp_path / "plain"))
+    ]
+    assert found[0] == found[1]
 
 
 def test_seeking_from_a_quantised_teacher_for_a_quantised_student(made, tmp_path):
