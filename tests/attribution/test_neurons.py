@@ -188,6 +188,14 @@ def test_equals_the_float64_oracle(family, tmp_path):
             close(half.vectors.sum(1) + half.bias, half.added)
 
 
+def test_a_large_tied_vocabulary():
+    model = zoo.build("qwen2_tied", vocab=151_936)
+    (sample,) = rows((9,))
+    sample.input_ids[-1] = sample.labels[-1] = 151_900
+    (found,) = run(model, [sample])
+    check(found, Oracle("qwen2_tied", model), sample, blocks=2, counts=(5, 7))
+
+
 def test_without_a_final_norm_the_head_reads_the_stream_itself():
     model = zoo.build("opt", _remove_final_layer_norm=True)
     assert describe(model).final_norm is None
