@@ -173,6 +173,22 @@ def versions() -> dict[str, str]:
     return found
 
 
+def finished(out: Path, progress: Path, run: dict) -> dict | None:
+    """The report of a run that was killed between publishing and cleaning up its progress.
+
+    Args:
+        out: its output.
+        progress: the folder of its progress, which goes last.
+        run: what run.json would get: `config` and `inputs` have to agree.
+    """
+    if not is_published(out) or not progress.is_dir():
+        return None
+    found = read(out)
+    if any(found.get(key) != json.loads(json.dumps(run[key])) for key in ("config", "inputs")):
+        return None
+    return json.loads((out / "report.json").read_bytes())
+
+
 def fingerprint(path: str | os.PathLike) -> dict:
     """What identifies an input: sha256 of a file, or of the files at the top of a model folder.
 

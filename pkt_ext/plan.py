@@ -17,8 +17,8 @@ import torch
 from pkt_ext.errors import InputError, PktError
 from pkt_ext.finetune import FinetuneConfig, micro_batches, training_dtype
 from pkt_ext.methods.pairing import Plan
-from pkt_ext.methods.seeking import (
-    SeekingConfig,
+from pkt_ext.methods.seeking import SeekingConfig
+from pkt_ext.methods.seeking_inputs import (
     encode_rows,
     longest_row,
     pair,

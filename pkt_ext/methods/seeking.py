@@ -16,33 +16,23 @@ which would change the function at step 0; S7 subtracts the product only.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
 import shutil
-from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
 from pkt_ext import artifact
 from pkt_ext.attribution.sensitivity import PassReport, stream_sensitivity
-from pkt_ext.data import PROMPT_FORMATS, Encoded, encode, match_vocabularies, read_rows
+from pkt_ext.data import PROMPT_FORMATS
 from pkt_ext.errors import InputError, NonFiniteError
 from pkt_ext.lora import Factor, residual_model, write_adapter
-from pkt_ext.methods.pairing import ATTENTION, MLP, Plan, pair_parts
+from pkt_ext.methods.seeking_inputs import Job, prepare, run_record, share_out, state
 from pkt_ext.methods.windows import Clock, Cutter
-from pkt_ext.methods.workspace import reduction_bytes
-from pkt_ext.models.anatomy import describe
 from pkt_ext.settings import DTYPES, check_choices
-from pkt_ext.streaming.batches import Sample, with_distinct_ids
-from pkt_ext.streaming.blocks import StreamedModel
-from pkt_ext.streaming.budget import fit, parse_bytes
-from pkt_ext.streaming.checkpoint import Checkpoint
+from pkt_ext.streaming.budget import parse_bytes
 from pkt_ext.streaming.meter import merge_reports
 from pkt_ext.streaming.needs import Prediction
 from pkt_ext.streaming.progress import Progress
@@ -156,8 +146,8 @@ def _extract(
         raise InputError(f"{residual} exists; choose another --out, or pass --overwrite")
     clock, report = Clock(), {}
     with clock("prepare"):
-        job = _prepare(teacher, student, data, config, tokenizer, world)
-    run = _run_record(job, data, config)
+        job = prepare(teacher, student, data, config, tokenizer, world)
+    run = run_record(job, data, config)
 
     def export() -> None:
         if config.export and world.is_main and (overwrite or not artifact.is_published(residual)):
@@ -172,7 +162,7 @@ def _extract(
             )
 
     if resume and not overwrite:
-        finished = _finished(out, place, run) if world.is_main else None
+        finished = artifact.finished(out, place, run) if world.is_main else None
         if finished := world.gather(finished)[0]:
             export()
             if world.is_main:
@@ -220,84 +210,21 @@ def _extract(
     return report
 
 
-@dataclass(frozen=True)
-class _Job:
-    """Everything an extraction needs, checked; nothing is written and no weight is read yet."""
-
-    teacher: Checkpoint
-    student: Checkpoint
-    model: StreamedModel
-    plan: Plan
-    tokens: tuple[torch.Tensor, torch.Tensor] | None  # int64 (teacher ids, student ids); None: all
-    encoded: Encoded
-
-
-def _prepare(
-    teacher, student, data, config: SeekingConfig, tokenizer, world: World = ALONE
-) -> _Job:
-    teacher = Checkpoint.open(teacher, revision=config.teacher_revision)
-    student = Checkpoint.open(student, revision=config.student_revision)
-    model, plan = pair(teacher, student, config, world.device(config.device))
-    speaks, tokens = tokenizer or teacher.tokenizer(), None
-    if plan.outer:
-        tokens = shared_tokens(plan, speaks, tokenizer or student.tokenizer(), config)
-    plan.check_rank(config.rank, None if tokens is None else len(tokens[0]))
-    encoded = encode_rows(data, speaks, model, config)
-    return _Job(teacher, student, model, plan, tokens, encoded)
-
-
-def pair(
-    teacher: Checkpoint, student: Checkpoint, config: SeekingConfig, device: torch.device
-) -> tuple[StreamedModel, Plan]:
-    """The teacher on `device`, and which part of it feeds which of the student's.
-
-    Raises:
-        InputError: models that cannot be streamed, or do not go together.
-    """
-    dtype = getattr(torch, config.dtype) if config.dtype else teacher.dtype
-    model = StreamedModel(teacher, dtype=dtype, device=device)
-    plan = pair_parts(
-        model.anatomy,
-        describe(student.skeleton(torch.float32)),
-        roles=ATTENTION * config.attention + MLP * config.mlp,
-        embeddings=config.embeddings,
-    )
-    return model, plan
-
-
-def longest_row(model: StreamedModel, config: SeekingConfig) -> int:
-    """Tokens that are kept of a row."""
-    if model.anatomy.position_embedding:  # learned positions end somewhere
-        return min(config.max_length, model.checkpoint.config.max_position_embeddings)
-    return config.max_length
-
-
-def encode_rows(data, tokenizer, model: StreamedModel, config: SeekingConfig) -> Encoded:
-    """Seed rows as the teacher is given them; see `data.encode`."""
-    encoded = encode(
-        read_rows(data),
-        tokenizer,
-        max_length=longest_row(model, config),
-        prompt_format=config.prompt_format,
-    )
-    return replace(encoded, samples=with_distinct_ids(encoded.samples))
-
-
 def _open_progress(
-    place: Path, job: _Job, config: SeekingConfig, run: dict, resume: bool, world: World
+    place: Path, job: Job, config: SeekingConfig, run: dict, resume: bool, world: World
 ) -> Progress:
     """What an interrupted run has left; of several processes' each has its own folder."""
-    state = _state(job, config, run) | {"processes": world.size}
+    belongs = state(job, config, run) | {"processes": world.size}
     if world.is_main:
-        kept = Progress(place, state, resume=resume)
+        kept = Progress(place, belongs, resume=resume)
     world.gather()  # the first one may have deleted the others'
     if not world.is_main:
-        kept = Progress(place / f"rank-{world.rank}", state, resume=resume)
+        kept = Progress(place / f"rank-{world.rank}", belongs, resume=resume)
     return kept
 
 
 def _cut(
-    job: _Job,
+    job: Job,
     config: SeekingConfig,
     clock: Clock,
     kept: Progress | None,
@@ -386,79 +313,7 @@ def _leave(unneeded: Progress | None, world: World, *, wait: bool) -> None:
         unneeded.remove()
 
 
-def share_out(
-    model: StreamedModel,
-    plan: Plan,
-    samples: Sequence[Sample],
-    config: SeekingConfig,
-    *,
-    tokens: int | None = None,
-    known: dict | None = None,
-    device: torch.device | None = None,
-) -> Prediction:
-    """How an extraction shares out its memory, and what it is predicted to take.
-
-    Args:
-        tokens: vocabulary rows of embedding and head that are cut; None: all.
-        known:  of an interrupted run, what touches the rounding.
-        device: where that is not the model's; see `budget.fit`.
-    Raises:
-        InputError: the budget is too small; names the smallest that works.
-    """
-    return fit(
-        model,
-        samples,
-        config.budget and parse_bytes(config.budget),
-        micro_batch=config.micro_batch,
-        extra=reduction_bytes(plan, model, config.rank, config.svd, tokens, device),
-        outer=bool(plan.outer),
-        durable=model.checkpoint.folder is not None,
-        fixed=known,
-        device=device,
-    )
-
-
-def _state(job: _Job, config: SeekingConfig, run: dict) -> dict:
-    """What the progress of a run belongs to; a budget changes no result."""
-    content = hashlib.sha256()
-    for sample in job.encoded.samples:
-        content.update(sample.id.encode())
-        content.update(sample.input_ids.numpy().tobytes() + sample.labels.numpy().tobytes())
-    return {
-        "config": asdict(replace(config, budget=None)),
-        "inputs": run["inputs"],
-        "samples": content.hexdigest(),
-        "dtype": str(job.model.dtype),
-        "device": job.model.device.type,
-        "versions": artifact.versions(),
-    }
-
-
-def _finished(out: Path, place: Path, run: dict) -> dict | None:
-    """The report of a run that was killed between publishing and cleaning up."""
-    if not artifact.is_published(out) or not place.is_dir():
-        return None
-    found = artifact.read(out)
-    if any(found.get(key) != json.loads(json.dumps(run[key])) for key in ("config", "inputs")):
-        return None
-    return json.loads((out / "report.json").read_bytes())
-
-
-def _run_record(job: _Job, data, config: SeekingConfig) -> dict:
-    rows = {"rows": len(job.encoded.samples) + len(job.encoded.dropped)}
-    return {
-        "paradigm": "postpkt",
-        "method": "seeking",
-        "config": asdict(config),
-        "inputs": {
-            "teacher": artifact.fingerprint(job.teacher.folder or job.teacher.name),
-            "student": artifact.fingerprint(job.student.folder or job.student.name),
-            "data": artifact.fingerprint(data) if isinstance(data, str | os.PathLike) else rows,
-        },
-    }
-
-
-def _write_start(staging: Path, factors: dict[str, Factor], job: _Job, config: SeekingConfig):
+def _write_start(staging: Path, factors: dict[str, Factor], job: Job, config: SeekingConfig):
     negated = {module: factor.negated() for module, factor in factors.items()}
     for folder, content in (("start", factors), ("delta", negated)):
         write_adapter(
@@ -472,7 +327,7 @@ def _write_start(staging: Path, factors: dict[str, Factor], job: _Job, config: S
         )
 
 
-def _report(job: _Job, cutter: Cutter, windows: dict, passed: PassReport, clock: Clock) -> dict:
+def _report(job: Job, cutter: Cutter, windows: dict, passed: PassReport, clock: Clock) -> dict:
     encoded = job.encoded
     return {
         "blocks": cutter.strongest.ordered(),
@@ -509,31 +364,6 @@ def _costs(config: SeekingConfig, passed: PassReport, predicted: Prediction) -> 
             **asdict(predicted.allotment),
         },
     }
-
-
-def shared_tokens(plan: Plan, teacher, student, config: SeekingConfig):
-    """(teacher ids, student ids) of the tokens both have; None where the vocabularies agree.
-
-    Args:
-        teacher, student: their tokenizers; None where only sizes are known: all that could be
-            shared are.
-    Raises:
-        InputError: they differ and shared ones are not asked for, or there are none.
-    """
-    pairs = match_vocabularies(teacher, student) if teacher and student else None
-    sizes = plan.teacher.vocab_size, plan.student.vocab_size
-    if pairs is None and sizes[0] == sizes[1]:
-        return None
-    if config.vocabulary != "shared":
-        raise InputError(
-            f"the vocabularies of teacher ({sizes[0]} rows) and student ({sizes[1]} rows) differ; "
-            "pass --vocabulary shared to use the tokens both have, or --no-embeddings"
-        )
-    ids = [(i, i) for i in range(min(sizes))] if pairs is None else pairs
-    kept = [(t, s) for t, s in ids if t < sizes[0] and s < sizes[1]]
-    if not kept:
-        raise InputError("teacher and student have no token in common; pass --no-embeddings")
-    return tuple(torch.tensor(column) for column in zip(*kept, strict=True))
 
 
 def _card(student: str, teacher: str, config: SeekingConfig) -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -97,6 +98,15 @@ def with_distinct_ids(samples: Sequence[Sample]) -> list[Sample]:
         seen[name] += 1
         named.append(replace(sample, id=name if seen[name] == 1 else f"{name} ({seen[name]})"))
     return named
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """sha256 of the samples, their ids and order."""
+    content = hashlib.sha256()
+    for sample in samples:
+        content.update(sample.id.encode())
+        content.update(sample.input_ids.numpy().tobytes() + sample.labels.numpy().tobytes())
+    return content.hexdigest()
 
 
 def _check(sample: Sample, vocab_size: int, max_positions: int | None) -> None:
