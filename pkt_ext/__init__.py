@@ -18,6 +18,7 @@ _PUBLIC = {
     "lora": "pkt_ext.lora",
     "data": "pkt_ext.data",
     "seeking": "pkt_ext.methods.seeking",
+    "laten": "pkt_ext.methods.laten",
     "finetune": "pkt_ext.finetune",
     "artifact": "pkt_ext.artifact",
     "errors": "pkt_ext.errors",

@@ -239,6 +239,114 @@ def seeking_command(
     verbs.seeking(_settings(ctx))
 
 
+@app.command("laten")
+def laten_command(
+    ctx: typer.Context,
+    teacher: Teacher = None,
+    student: Student = None,
+    locate: Annotated[
+        str | None, _option("--locate", help="JSON lines: rows to locate by, a step for each.")
+    ] = None,
+    align: Annotated[
+        str | None, _option("--align", help="JSON lines: rows that the student's loss is taken on.")
+    ] = None,
+    holdout: Annotated[
+        str | None, _option("--holdout", help="JSON lines: rows to choose the step by.")
+    ] = None,
+    out: Out = None,
+    rate: Annotated[
+        float | None,
+        _option("--rate", "--transfer_rate", default=0.1, help="Share of a block's neurons."),
+    ] = None,
+    modules: Annotated[
+        str | None, _option("--modules", default="up,down,v,o", help="What moves.")
+    ] = None,
+    blocks: Annotated[
+        int | None, _option("--blocks", help="Kept in both models [default: the smaller one's].")
+    ] = None,
+    mode: Annotated[
+        str | None, _option("--mode", default="top", help="Of scoring: top, all or first-order.")
+    ] = None,
+    compat: Annotated[
+        str | None, _option("--compat", help="published: the released scripts' ranking.")
+    ] = None,
+    neurons: Annotated[
+        str | None, _option("--neurons", default="located", help="located, or random: a baseline.")
+    ] = None,
+    steps: Annotated[
+        int | None, _option("--steps", help="Optimiser steps [default: one for each located row].")
+    ] = None,
+    rows: Annotated[
+        int | None, _option("--rows", default=16, help="Rows of a step, the located one included.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, _option("--learning-rate", "--lr", default=3e-5, help="The highest.")
+    ] = None,
+    schedule: Annotated[
+        str | None, _option("--schedule", default="onecycle", help="onecycle or constant.")
+    ] = None,
+    cycle_momentum: Annotated[
+        bool | None,
+        _option(
+            "--cycle-momentum/--no-cycle-momentum", default=True, help="onecycle moves beta1 too."
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float | None, _option("--weight-decay", default=0.05, help="AdamW's.")
+    ] = None,
+    regulariser: Annotated[
+        float | None,
+        _option("--regulariser", default=1000, help="Weight of what is injected, squared."),
+    ] = None,
+    reduction: Annotated[
+        str | None, _option("--reduction", default="sum", help="Over a step's rows: sum or mean.")
+    ] = None,
+    patience: Annotated[
+        int | None, _option("--patience", help="Stop after so many steps without a better one.")
+    ] = None,
+    inject_step: Annotated[
+        int | None,
+        _option(
+            "--inject-step", help="Step to inject [default: the best held out, else the last]."
+        ),
+    ] = None,
+    keep_checkpoints: Annotated[
+        bool | None,
+        _option(
+            "--keep-checkpoints/--no-keep-checkpoints",
+            default=False,
+            help="Leave every step's hypernetwork in the output.",
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        _option("--max-length", "--cutoff_len", default=1024, help="Tokens of a row."),
+    ] = None,
+    prompt_format: Format = None,
+    dtype: Annotated[
+        str | None,
+        _option("--dtype", default="the checkpoints'", help="float32, bfloat16 or float16."),
+    ] = None,
+    device: Device = None,
+    micro_batch: MicroBatch = None,
+    budget: Budget = None,
+    gradient_checkpointing: Checkpointing = None,
+    seed: Annotated[
+        int | None, _option("--seed", default=42, help="Of the order of rows and the start.")
+    ] = None,
+    export: Annotated[
+        str | None, _option("--export", help="adapter: also write a PEFT adapter.")
+    ] = None,
+    teacher_revision: TeacherRevision = None,
+    student_revision: StudentRevision = None,
+    overwrite: Overwrite = None,
+    resume: Resume = None,
+    config: Config = None,
+) -> None:
+    """Translate a teacher's knowledge neurons into changes of the student (LaTen, ACL 2025)."""
+    verbs.laten(_settings(ctx))
+
+
 @app.command("finetune")
 def finetune_command(
     ctx: typer.Context,

@@ -48,6 +48,35 @@ def seeking(settings: dict) -> None:
     )
 
 
+def laten(settings: dict) -> None:
+    """`pkt laten` with its options as a mapping."""
+    names = ("teacher", "student", "locate", "align", "out")
+    teacher, student, locate, align, out = take(settings, *names)
+    holdout = settings.pop("holdout", None)
+    overwrite, resume = take_flag(settings, "overwrite"), take_flag(settings, "resume", True)
+    from pkt_ext.methods import laten as method
+
+    report = method.align(
+        teacher,
+        student,
+        locate,
+        align,
+        out,
+        build_config(method.LatenConfig, settings),
+        holdout=None if holdout is None else str(holdout),
+        overwrite=overwrite,
+        resume=resume,
+        progress=progress(),
+    )
+    step = report["injected_step"]
+    say(
+        f"{out}: {len(report['delta_norms'])} matrices changed as step {step} of "
+        f"{len(report['steps'])} has it, loss {report['losses'][step - 1]:.4f} before it where the "
+        f"student's own is {report['unedited_losses'][step - 1]:.4f}, "
+        f"{sum(report['seconds'].values()):.1f} s"
+    )
+
+
 def finetune(settings: dict) -> None:
     """`pkt finetune` with its options as a mapping."""
     student, data, out = take(settings, "student", "data", "out")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from pkt_ext import cli, console, verbs
 from pkt_ext.errors import InputError, OutputBusyError, ResourceError
 from pkt_ext.finetune import FinetuneConfig
+from pkt_ext.methods.laten import LatenConfig
 from pkt_ext.methods.seeking import SeekingConfig
 from pkt_ext.settings import build_config, read_yaml
 
@@ -48,10 +49,12 @@ def shown_default(parameter):
 
 
 @pytest.mark.parametrize(
-    ("verb", "config"), [("seeking", SeekingConfig), ("finetune", FinetuneConfig)]
+    ("verb", "config"),
+    [("seeking", SeekingConfig), ("finetune", FinetuneConfig), ("laten", LatenConfig)],
 )
 def test_options_are_the_fields_of_the_configuration(verb, config):
-    paths = {"teacher", "student", "adapter", "data", "out", "overwrite", "resume", "config"}
+    paths = {"teacher", "student", "adapter", "data", "locate", "align", "holdout"}
+    paths |= {"out", "overwrite", "resume", "config"}
     found = options(verb)
     assert found.keys() - paths == {f.name for f in dataclasses.fields(config)}
     for field in dataclasses.fields(config):
@@ -66,7 +69,7 @@ def test_help_is_quick_and_lists_the_verbs():
     start = time.perf_counter()
     done = subprocess.run([*PKT, "--help"], capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 2  # about 0.1 s; generous, the machine may be busy
-    for verb in "plan seeking finetune merge convert transfer demo verify info".split():
+    for verb in "plan seeking laten finetune merge convert transfer demo verify info".split():
         assert f"\n  {verb} " in done.stdout
     code = (
         "import sys, pkt_ext.cli; pkt_ext.cli.run(['--help']); "

@@ -22,7 +22,7 @@ from pkt_ext.settings import launched_as
 from pkt_ext.streaming.batches import Sample
 from pkt_ext.streaming.blocks import StreamedModel
 from pkt_ext.streaming.meter import resident_bytes
-from pkt_ext.streaming.needs import Needs, Prediction
+from pkt_ext.streaming.needs import ForwardNeeds, Needs, Prediction
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {f"{unit}i": 2 ** (10 * power) for power, unit in enumerate("KMGT", 1)}
@@ -67,6 +67,7 @@ def fit(
     extra: Mapping[str, int] | None = None,
     outer: bool = True,
     durable: bool = True,
+    backward: bool = True,
     fixed: Mapping[str, int | None] | None = None,
     device: torch.device | None = None,
 ) -> Prediction:
@@ -81,9 +82,11 @@ def fit(
         samples:     what will be run; only lengths, targets and distinct tokens matter.
         budget:      bytes; None: most of what is free.
         micro_batch: samples run at once, at most.
-        extra:       phase -> bytes that the caller's own work takes at its largest.
+        extra:       phase -> bytes that the caller's own work takes at its largest; of a pass that
+                     goes forward alone see `needs.ForwardNeeds`.
         outer:       embedding and head will be scored.
         durable:     activations are written to disk whether or not they are kept.
+        backward:    False: the pass goes forward alone.
         fixed:       {"micro_batch", "head_rows"} of an interrupted run, which are not to change.
         device:      to fit into, where that is not the model's: one that need not be here, for a
                      model on the CPU and with a budget given.
@@ -93,7 +96,9 @@ def fit(
     if stream.device.type == "cpu":
         give_back_freed_memory()
     device = device or stream.device
-    needs = Needs(stream, samples, dict(extra or {}), outer=outer, durable=durable, device=device)
+    needs = (Needs if backward else ForwardNeeds)(
+        stream, samples, dict(extra or {}), outer=outer, durable=durable, device=device
+    )
     limit = available_bytes(device) if budget is None else budget
     sizes, heads = _sizes(micro_batch), needs.head_sizes()
     if fixed is not None:
@@ -133,7 +138,7 @@ def fit(
             while high - low > _STEP:
                 middle = (low + high) // 2
                 low, high = (middle, high) if try_(activation_bytes=middle) else (low, middle)
-    for count in range(len(stream.block_names), 0, -1):
+    for count in range(len(stream.block_names) if backward else 0, 0, -1):
         if try_(resident=count):
             break
     return replace(best, least=smallest.peak)

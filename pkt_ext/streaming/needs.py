@@ -366,3 +366,52 @@ class Needs:
             inputs = 3 * inputs + length * self.width * 4
         head = chunk + inputs + min(size, self.vocab) * work.rows * _TEMPORARIES
         return max(table + sample, head)
+
+
+class ForwardNeeds(Needs):
+    """Bytes of a pass that goes forward alone (`Pass.forward`).
+
+    `extra` has the phases that follow, with all that they take but for masks and tables; "forward"
+    in it is what the visitor holds on to.
+    """
+
+    def boundary_bytes(self, micro_batch: int) -> int:
+        """Of the hidden states that are alive at once: into a block and out of it."""
+        return 2 * self.work(micro_batch).hidden_all
+
+    def predict(self, allotment: Allotment) -> Prediction:
+        """The peak of every phase."""
+        work, most = self.work(allotment.micro_batch), self.boundary_bytes(allotment.micro_batch)
+        moving = work.hidden if allotment.activation_bytes < most else 0
+        held = allotment.activation_bytes + allotment.host_bytes
+        after = {phase: size for phase, size in self.extra.items() if phase != "forward"}
+        phases = {
+            "prepare": {},
+            "record": {
+                "weights": self.first + self.tokens * self.width * self.itemsize,
+                "arguments": work.arguments,
+                "activations": min(work.hidden_all, allotment.activation_bytes) + moving,
+                "working memory": work.recording,
+            },
+            "forward": {
+                "weights": self._resident_weights(allotment)["forward"],
+                "arguments": work.arguments,
+                "activations": min(most, allotment.activation_bytes) + 2 * moving,
+                "working memory": max(f.forward for f in work.footprints)
+                + self.extra.get("forward", 0),
+            },
+            **{
+                phase: {"arguments": work.arguments, "working memory": size}
+                for phase, size in after.items()
+            },
+        }
+        read, flops = self._read(allotment), self._flops(work, None)
+        return Prediction(
+            allotment,
+            {name: {"process": self.process, **parts} for name, parts in phases.items()},
+            work.shape,
+            spilled=max(0, most - held),
+            written=max(0, work.hidden_all - held // 2) * (len(self.blocks) + 1),
+            read={phase: read[phase] for phase in ("record", "forward")},
+            flops={"forward": flops["forward"]},
+        )

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a LaTen run needs, checked before anything is written or a weight is read."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from pkt_ext import artifact
+from pkt_ext.data import encode, encode_targets, read_rows
+from pkt_ext.errors import InputError
+from pkt_ext.methods.matching import KIND
+from pkt_ext.models.anatomy import Anatomy
+from pkt_ext.settings import find_device
+from pkt_ext.streaming.batches import Sample, digest, with_distinct_ids
+from pkt_ext.streaming.blocks import StreamedModel
+from pkt_ext.streaming.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything checked; nothing is written and no weight is read yet. Pairs: teacher, student."""
+
+    streams: tuple[StreamedModel, StreamedModel]
+    targets: tuple[list[Sample], list[Sample]]  # of the rows to locate by; the last is injected
+    located: list[Sample]  # the same rows, but the last, as the student learns them
+    align: list[Sample]
+    holdout: list[Sample]
+    dropped: list[tuple[str, str]]
+    example: dict
+    blocks: int
+    counts: dict[str, int]  # neurons of a block, by "attention", "ffn"
+
+    @property
+    def student(self) -> Checkpoint:
+        return self.streams[1].checkpoint
+
+    @property
+    def anatomies(self) -> tuple[Anatomy, Anatomy]:
+        return self.streams[0].anatomy, self.streams[1].anatomy
+
+
+def prepare(models, tokenizers, locate, align, holdout, config) -> Job:
+    device, streams = find_device(config.device), []
+    revisions = config.teacher_revision, config.student_revision
+    for model, revision in zip(models, revisions, strict=True):
+        checkpoint = Checkpoint.open(model, revision=revision)
+        dtype = getattr(torch, config.dtype) if config.dtype else checkpoint.dtype
+        streams.append(StreamedModel(checkpoint, dtype=dtype, device=device))
+    smaller = min(len(stream.block_names) for stream in streams)
+    if (blocks := config.blocks or smaller) > smaller:
+        raise InputError(f"blocks is {blocks}; one of the models has {smaller}, give at most those")
+    counts = _counts(*(stream.anatomy for stream in streams), config)
+
+    tokenizers = [t or s.checkpoint.tokenizer() for t, s in zip(tokenizers, streams, strict=True)]
+    length = {"max_length": config.max_length, "prompt_format": config.prompt_format}
+    shuffle = random.Random(config.seed).shuffle
+    by, over = (with_distinct_ids(read_rows(source)) for source in (locate, align))
+    shuffle(by)
+    shuffle(over)
+    own, learned = (encode(rows, tokenizers[1], stage="train", **length) for rows in (by, over))
+    held = []
+    if holdout is not None:
+        held = encode(read_rows(holdout), tokenizers[1], stage="train", **length).samples
+    aims = [encode_targets(by, tokenizer, **length) for tokenizer in tokenizers]
+    known = [{s.id: s for s in found.samples} for found in (*aims, own)]
+    names = [row.id for row in by if all(row.id in found for found in known)]
+    steps = len(names) if config.steps is None else config.steps
+    if not 1 <= steps <= len(names):
+        raise InputError(
+            f"{steps} steps need as many rows to locate by, and {len(names)} of {len(by)} have a "
+            "target in both models; give more, or lower --steps"
+        )
+    if (config.inject_step or 0) > steps:
+        raise InputError(f"inject_step is {config.inject_step}, of {steps} steps; lower it")
+    last = _first_with_targets(over, tokenizers, length)
+    targets = tuple(
+        [found[name] for name in names[:steps]] + [one]
+        for found, one in zip(known, last, strict=False)
+    )
+    dropped = dict.fromkeys(d for e in (*aims, own, learned) for d in e.dropped)
+    return Job(
+        tuple(streams),
+        targets,
+        [known[2][name] for name in names[:steps]],
+        learned.samples,
+        held,
+        list(dropped),
+        aims[0].example,
+        blocks,
+        counts,
+    )
+
+
+def _counts(theirs: Anatomy, ours: Anatomy, config) -> dict[str, int]:
+    """L4: neurons kept of a block, the same in both models."""
+    kinds = {KIND[name] for name in config.types}
+    found = {}
+    for kind in ("attention", "ffn"):
+        there, here = (
+            a.heads * a.head_dim if kind == "attention" else a.intermediate_size
+            for a in (theirs, ours)
+        )
+        count = int(config.rate * here)
+        if kind in kinds and not 1 <= count <= there:
+            raise InputError(
+                f"a rate of {config.rate} is {count} of the student's {here} {kind} neurons of a "
+                f"block, the teacher has {there}; {'raise' if count < 1 else 'lower'} --rate"
+            )
+        found[kind] = count if kind in kinds else 0
+    return found
+
+
+def _first_with_targets(rows, tokenizers, length: dict) -> list[Sample]:
+    """L9: the row to locate by for the injection, for each model; `rows` are shuffled."""
+    for row in rows:
+        try:
+            return [encode_targets([row], each, **length).samples[0] for each in tokenizers]
+        except InputError:
+            continue
+    raise InputError("no row to align by has a target in both models; give rows with answers")
+
+
+def run_record(job: Job, locate, align, holdout, config) -> dict:
+    models = (stream.checkpoint for stream in job.streams)
+    inputs = {
+        who: artifact.fingerprint(model.folder or model.name)
+        for who, model in zip(("teacher", "student"), models, strict=True)
+    }
+    for name, source in (("locate", locate), ("align", align), ("holdout", holdout)):
+        if isinstance(source, str | os.PathLike):
+            inputs[name] = artifact.fingerprint(source)
+    return {
+        "paradigm": "prepkt",
+        "method": "laten",
+        "config": asdict(config),
+        "inputs": inputs,
+    }
+
+
+def state(job: Job, config, run: dict) -> dict:
+    """What the progress of a run belongs to; a budget changes no result."""
+    return {
+        "config": asdict(replace(config, budget=None)),
+        "inputs": run["inputs"],
+        "samples": digest(
+            [*job.targets[0], *job.targets[1], *job.located, *job.align, *job.holdout]
+        ),
+        "dtypes": [str(stream.dtype) for stream in job.streams],
+        "device": job.streams[0].device.type,
+        "versions": artifact.versions(),
+    }
