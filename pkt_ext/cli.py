@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pkt_ext import console, verbs
+from pkt_ext import console, recipes, verbs
 from pkt_ext.errors import InputError
 from pkt_ext.settings import read_yaml
 
@@ -473,8 +473,8 @@ def transfer_command(
     A stage that an earlier run of the same recipe finished is kept.
     """
     given = {"teacher": teacher, "student": student, "out": out}
-    content = read_yaml(recipe, known={"method", *given, *verbs.STAGES})
-    verbs.transfer(content | {k: v for k, v in given.items() if v is not None}, bool(overwrite))
+    content = read_yaml(recipe, known={"method", *given, *recipes.STAGES})
+    recipes.transfer(content | {k: v for k, v in given.items() if v is not None}, bool(overwrite))
 
 
 @app.command("demo")

@@ -1,21 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs of `pkt` with their options as mappings, and recipes, which run several of them."""
+"""The verbs of `pkt` with their options as mappings."""
 
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import typer
 
 from pkt_ext.console import progress, say
-from pkt_ext.errors import InputError, OutputBusyError
+from pkt_ext.errors import InputError
 from pkt_ext.settings import (
     DTYPES,
     build_config,
-    check_keys,
-    field_names,
     refuse_processes,
     take,
     take_flag,
@@ -137,7 +134,7 @@ def merge(settings: dict) -> None:
 
     from pkt_ext import lora
 
-    name, overwrite = _check_dtype(settings.get("dtype")), take_flag(settings, "overwrite")
+    name, overwrite = check_dtype(settings.get("dtype")), take_flag(settings, "overwrite")
     report = lora.merge(
         student,
         adapter,
@@ -153,7 +150,7 @@ def merge(settings: dict) -> None:
     )
 
 
-def _check_dtype(name: str | None) -> str | None:
+def check_dtype(name: str | None) -> str | None:
     if name not in (None, *DTYPES):
         raise InputError(f"dtype is {name!r}; choose one of {', '.join(DTYPES)}")
     return name
@@ -178,110 +175,3 @@ def compare(old: Path, new: Path, unused: dict) -> None:
         if value:
             raise InputError(f"--compare measures nothing: leave {name} out")
     typer.echo(compare_documents(report.read(old), report.read(new)))
-
-
-# stage of a recipe -> (verb, folder below --out)
-STAGES = {
-    "extract": (seeking, "init"),
-    "finetune": (finetune, "adapter"),
-    "merge": (merge, "model"),
-}
-
-
-def transfer(recipe: dict, overwrite: bool = False) -> None:
-    """`pkt transfer` with its recipe as a mapping."""
-    refuse_processes("pkt transfer", "start pkt seeking alone with the launcher")
-    from pkt_ext import artifact
-
-    method = recipe.pop("method", "seeking")
-    if method != "seeking":
-        raise InputError(f"method is {method!r}; known is seeking")
-    recipe = {key: value for key, value in recipe.items() if value is not None or key in STAGES}
-    teacher, student, out = take(recipe, "teacher", "student", "out")
-    wanted = [stage for stage in STAGES if stage in recipe]
-    if wanted != list(STAGES)[: len(wanted)] or not wanted:
-        raise InputError(
-            f"the recipe has the stages {', '.join(wanted) or 'none'}; each needs those before it "
-            f"({', '.join(STAGES)})"
-        )
-    settings = {stage: _stage_settings(stage, recipe[stage]) for stage in wanted}
-    files = {stage: s["data"] for stage, s in settings.items() if "data" in s}
-    state = {"recipe": {"teacher": teacher, "student": student, **settings}}
-    state["data"] = {stage: artifact.fingerprint(path) for stage, path in files.items()}
-    with _recorded(Path(out), state, overwrite):
-        _run_stages(wanted, settings, teacher, student, out, overwrite)
-
-
-def _run_stages(wanted, settings, teacher, student, out, overwrite) -> None:
-    from pkt_ext import artifact
-
-    for stage in wanted:
-        verb, folder = STAGES[stage]
-        place = Path(out) / folder
-        if artifact.is_published(place) and not overwrite:
-            artifact.read(place)
-            typer.echo(f"{place}: kept from an earlier run")
-            continue
-        paths = {"student": student, "out": place, "overwrite": overwrite}
-        if stage == "extract":
-            paths["teacher"] = teacher
-        else:
-            previous = STAGES[wanted[wanted.index(stage) - 1]][1]
-            paths["adapter"] = Path(out) / previous
-        verb(settings[stage] | paths)
-
-
-def _stage_settings(stage: str, content) -> dict:
-    """A stage's options, checked now: what would stop a later stage stops before the first."""
-    if stage == "merge":
-        settings = check_keys(content or {}, {"dtype", "student_revision"}, stage)
-        _check_dtype(settings.get("dtype"))
-        return settings
-    if stage == "extract":
-        from pkt_ext.methods.seeking import SeekingConfig as Config
-    else:
-        from pkt_ext.finetune import FinetuneConfig as Config
-    settings = check_keys(content or {}, field_names(Config) | {"data"}, stage)
-    build_config(Config, {key: value for key, value in settings.items() if key != "data"})
-    if settings.get("data") is None:
-        raise InputError(f"{stage}: data is missing; name a JSON-lines file")
-    if not Path(settings["data"]).is_file():
-        raise InputError(f"{stage}: no such data file: {settings['data']}")
-    return settings
-
-
-@contextmanager
-def _recorded(out: Path, state: dict, overwrite: bool):
-    """Remember the recipe in `out`; finished stages of another one are not to be mixed with it.
-
-    A run that fails before its first stage is finished takes `out` with it.
-    """
-    from pkt_ext import artifact
-
-    def started() -> bool:
-        return any(artifact.is_published(out / folder) for _, folder in STAGES.values())
-
-    path, made = out / "recipe.json", not out.exists()
-    state = json.loads(json.dumps(state, default=str))
-    try:
-        same = path.is_file() and json.loads(path.read_bytes()) == state
-        if path.is_file() and not same and not overwrite and started():
-            raise InputError(
-                f"{out} holds the stages of another recipe; choose another --out, or --overwrite"
-            )
-        out.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(".recipe.json.tmp")
-        artifact.write_json(staged, state)
-        staged.replace(path)
-    except (NotADirectoryError, FileNotFoundError, FileExistsError, json.JSONDecodeError) as error:
-        raise InputError(f"cannot use {path}: {error}; choose another --out") from error
-    try:
-        yield
-    except BaseException as error:
-        # a busy output is another run's, and so is its recipe
-        if not started() and not isinstance(error, OutputBusyError):
-            path.unlink(missing_ok=True)
-            if made:
-                with suppress(OSError):  # it holds something else
-                    out.rmdir()
-        raise

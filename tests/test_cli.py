@@ -17,7 +17,7 @@ import typer
 import yaml
 from safetensors.torch import load_file
 
-from pkt_ext import cli, console, verbs
+from pkt_ext import cli, console, recipes
 from pkt_ext.errors import InputError, OutputBusyError, ResourceError
 from pkt_ext.finetune import FinetuneConfig
 from pkt_ext.methods.laten import LatenConfig
@@ -335,17 +335,33 @@ def test_transfer_runs_all_stages_and_each_verb_alone_gives_the_same(pair, tmp_p
     assert cli.run(["merge", student, f"--adapter={run / 'init'}", f"--out={tmp_path / 'x'}"]) == 2
 
 
+def test_transfer_by_laten(pair, tmp_path, recipe):
+    data, run = str(pair / "rows.jsonl"), tmp_path / "run"
+    align = {"locate": data, "align": data, "steps": 2, "rows": 2, "rate": 0.2, "device": "cpu"}
+    align |= {"learning_rate": 0.1}
+    path = recipe(method="laten", align=align, merge={"dtype": "float32"})
+    assert cli.run(["transfer", path, "--out", str(run), "-q"]) == 0
+    for folder in ("delta", "model"):
+        assert cli.run(["verify", str(run / folder)]) == 0
+    report = json.loads((run / "model" / "report.json").read_text())
+    assert report["selection"]["outside"] == 0 and report["survived"] == pytest.approx(
+        1.0, abs=1e-2
+    )
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         ({"merge": {}}, "each needs those before it"),
+        ({"method": "laten", "extract": {}}, "a recipe of laten: unknown option 'extract'"),
+        ({"method": "laten", "align": {"locate": "x"}}, "align: align is missing"),
         ({}, "the recipe has the stages none"),
         ({"extract": {"data": "x", "rnak": 1}}, "extract: unknown option 'rnak'"),
         ({"extract": {"data": "x", "rank": "x"}}, "rank is 'x'; expected a whole number"),
         ({"extract": {"data": "absent.jsonl"}}, "absent.jsonl"),
         ({"extract": {}}, "extract: data is missing"),
         ({"extract": 3}, "extract is a int"),
-        ({"method": "magic", "extract": {}}, "method is 'magic'; known is seeking"),
+        ({"method": "magic", "extract": {}}, "method is 'magic'; known is seeking, laten"),
         ({"stages": {}}, "unknown option 'stages'"),
     ],
 )
@@ -363,9 +379,11 @@ def test_the_shipped_recipes_parse():
     paths = list((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
     assert paths
     for path in paths:
-        content = read_yaml(path, known={"method", "teacher", "student", "out", *verbs.STAGES})
-        for stage, (verb, _) in verbs.STAGES.items():
-            assert (content.get(stage) or {}).keys() <= options(verb.__name__).keys()
+        content = read_yaml(path, known={"method", "teacher", "student", "out", *recipes.STAGES})
+        stages = recipes.METHODS[content["method"]]
+        assert content.keys() & recipes.STAGES <= stages.keys()
+        for name, stage in stages.items():
+            assert (content.get(name) or {}).keys() <= options(stage.verb.__name__).keys()
 
 
 def test_progress_lines_wait_for_ten_seconds_of_work(monkeypatch):

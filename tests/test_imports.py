@@ -24,6 +24,7 @@ FLOORS = [
     {"demo", "demo_world", "bench", "probe"},
     {"plan"},
     {"verbs"},
+    {"recipes"},
     {"cli"},
     {"__main__"},
 ]
