@@ -62,7 +62,7 @@ class TrainingNeeds:
         whole = [a + (b - a) * more for a, b in zip(one, two, strict=True)]
         self._each = whole[1] - whole[0]  # of one row
         self._fixed = whole[0] - self._each
-        model = _skeleton(plan, layers)
+        model = on_meta(plan.config, plan.dtype, layers)
         shapes = {path: matrix_shape(model.get_submodule(path)) for path in plan.targets}
         self.adapter_parameters = sum(r * sum(shapes[path]) for path, r in plan.targets.items())
         flops = [_step(plan, n, 1, flops=True)[1] for n in (few, many)]
@@ -126,11 +126,7 @@ def needs_of(
             for n, p in parameters.items()
         )
     else:
-        weights = sum(
-            p.numel() * dtype.itemsize
-            for n, p in parameters.items()
-            if not checkpoint.is_mapped(n, dtype, device)
-        )
+        weights = weight_bytes(checkpoint, parameters, dtype, device)
     return TrainingNeeds(
         TrainingPlan(
             config=checkpoint.config,
@@ -146,23 +142,42 @@ def needs_of(
     )
 
 
-def _skeleton(plan: TrainingPlan, layers: int):
-    """The student on meta, cut off after some blocks."""
+def weight_bytes(
+    checkpoint, parameters: Mapping[str, torch.Tensor], dtype: torch.dtype, device: str
+) -> int:
+    """Bytes of a student's parameters on its device: none of those that are mapped or there."""
+    return sum(
+        parameter.numel() * dtype.itemsize
+        for name, parameter in parameters.items()
+        if not checkpoint.is_mapped(name, dtype, device)
+    )
+
+
+def on_meta(config, dtype: torch.dtype, layers: int):
+    """A model of this transformers configuration on meta, cut off after some blocks."""
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(plan.config)
+    config = copy.deepcopy(config)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=plan.dtype).train()
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def fake_device(device: str) -> str:
+    """Where fake tensors lie that stand for some on a device which need not be here.
+
+    torch cannot differentiate on a device that is not here; the tensors have the same sizes.
+    """
+    return device if device == "cpu" or torch.cuda.is_available() else "cpu"
 
 
 def _step(plan: TrainingPlan, layers: int, rows: int, flops: bool = False) -> tuple[int, int]:
     """(peak bytes, operations) of one forward, loss and backward, weights and adapter aside."""
     from pkt_ext.attached import plain_peft_model
 
-    student = _skeleton(plan, layers)
+    student = on_meta(plan.config, plan.dtype, layers).train()
     factors = {}
     for path, module in student.named_modules():
         if path not in plan.targets:
@@ -178,10 +193,9 @@ def _step(plan: TrainingPlan, layers: int, rows: int, flops: bool = False) -> tu
         model = plain_peft_model(student, factors, dict.fromkeys(factors, 1.0), plan.dropout)
         if plan.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-    # torch cannot differentiate on a device that is not here; the tensors have the same sizes
-    device = plan.device if plan.device == "cpu" or torch.cuda.is_available() else "cpu"
+    device = fake_device(plan.device)
     with FakeTensorMode():
-        _fake(model, device)
+        fill_with_fakes(model, device)
         ids = torch.zeros(rows, plan.length, dtype=torch.int64, device=device)
         mask = torch.ones_like(ids)
         half = plan.dtype != torch.float32 and not (
@@ -194,7 +208,7 @@ def _step(plan: TrainingPlan, layers: int, rows: int, flops: bool = False) -> tu
     return (0, watch.get_total_flops()) if flops else (watch.peak, 0)
 
 
-def _fake(model, device: str) -> None:
+def fill_with_fakes(model, device: str) -> None:
     """Give a model on meta fake parameters and buffers, in place."""
     for module in model.modules():
         for key, parameter in module._parameters.items():

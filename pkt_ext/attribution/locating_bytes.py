@@ -15,19 +15,28 @@ _PANEL = 2**20  # products of neurons and tokens that a thread has at once, fp32
 
 
 def locating_bytes(
-    stream: StreamedModel, samples: int, attention_neurons: int, ffn_neurons: int
+    stream: StreamedModel,
+    samples: int,
+    attention_neurons: int,
+    ffn_neurons: int,
+    device: torch.device | None = None,
 ) -> dict[str, int]:
-    """Phase -> bytes, as `needs.ForwardNeeds` wants them."""
+    """Phase -> bytes, as `needs.ForwardNeeds` wants them.
+
+    Args:
+        device: where that is not the model's, which is then on the CPU; it need not be here.
+    """
+    device = device or stream.device
     anatomy, itemsize = stream.anatomy, stream.dtype.itemsize
     width, vocab, blocks = anatomy.hidden_size, anatomy.vocab_size, len(anatomy.blocks)
     sizes = {"o": anatomy.heads * anatomy.head_dim, "down": anatomy.intermediate_size}
     flows = samples * itemsize * (blocks * (4 * width + sum(sizes.values())) + width)
     head = vocab * width * itemsize
-    if stream.checkpoint.is_mapped(stream.head_name, stream.dtype, stream.device):
+    if stream.checkpoint.is_mapped(stream.head_name, stream.dtype, device):
         head = 0
     queries = 2 * blocks * samples * (2 * width * itemsize + 4 * 4)  # base and added, in rows
     points = min(POINTS, 2 * blocks * samples)
-    logits = 3 * 4 * min(points * vocab, LOGITS.get(stream.device.type, 2**26))
+    logits = 3 * 4 * min(points * vocab, LOGITS.get(device.type, 2**26))
     gains = queries + logits + 4 * min(HEAD_ELEMENTS, vocab * width) + 3 * 4 * points * width
     wanted = {"o": attention_neurons, "down": ffn_neurons}
     largest = max((size for role, size in sizes.items() if wanted[role]), default=0)
@@ -35,7 +44,7 @@ def locating_bytes(
     vectors = largest * width * (2 * itemsize + 3 * 4)
     panels = 4 * min(_PANEL, largest * vocab) * torch.get_num_threads()
     neurons = vectors + samples * (vocab * _TOKEN + largest * _PAIR) + panels
-    on_device = flows if stream.device.type == "cpu" else 0
+    on_device = flows if device.type == "cpu" else 0
     return {
         "forward": on_device,
         "gains": on_device + head + gains,

@@ -314,21 +314,11 @@ class Alignment:
         """The student in eval mode, its blocks recomputed in the backward pass where asked for."""
         training = [module for module in self.student.modules() if module.training]
         blocks = [self.student.get_submodule(path) for path in self.anatomy.blocks]
-        blocks = blocks if self.config.gradient_checkpointing else []
-        before = [block.__dict__.get("forward") for block in blocks]
         try:
             self.student.eval()
-            for block in blocks:
-                block.forward = partial(
-                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-                )
-            yield
+            with recomputed(blocks if self.config.gradient_checkpointing else []):
+                yield
         finally:
-            for block, forward in zip(blocks, before, strict=True):
-                if forward is None:
-                    block.__dict__.pop("forward", None)
-                else:
-                    block.forward = forward
             for module in training:
                 module.training = True
 
@@ -384,14 +374,47 @@ def row_losses(model, batch: Batch) -> torch.Tensor:
     """
     targets = [batch.targets(index) for index in range(len(batch.ids))]
     kept = torch.cat([positions for positions, _ in targets]).unique()
-    logits = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=kept).logits
+    places = [(torch.searchsorted(kept, positions), tokens) for positions, tokens in targets]
+    return losses_at(model, batch.input_ids, kept, places)
+
+
+def losses_at(
+    model,
+    input_ids: torch.Tensor,
+    kept: torch.Tensor,
+    targets: Sequence[tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """`row_losses` of tokens [B, T], with logits at positions `kept` [n] alone.
+
+    Args:
+        targets: each sample's (places in `kept`, tokens), int64 [m].
+    """
+    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=kept).logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return torch.stack(
         [
-            F.cross_entropy(logits[index, torch.searchsorted(kept, positions)], tokens)
-            for index, (positions, tokens) in enumerate(targets)
+            F.cross_entropy(logits[index, places], tokens)
+            for index, (places, tokens) in enumerate(targets)
         ]
     )
+
+
+@contextmanager
+def recomputed(blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Let the backward pass compute these blocks anew instead of keeping what they made."""
+    before = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            )
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                block.__dict__.pop("forward", None)
+            else:
+                block.forward = forward
 
 
 def _rising(steps: int) -> float:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 import torch
@@ -12,8 +12,11 @@ from pkt_ext.attribution.locating_bytes import locating_bytes
 from pkt_ext.attribution.neurons import BlockNeurons, Located, locate
 from pkt_ext.methods.laten_inputs import Job
 from pkt_ext.models.anatomy import Anatomy
+from pkt_ext.streaming.batches import Sample
+from pkt_ext.streaming.blocks import StreamedModel
 from pkt_ext.streaming.budget import fit, parse_bytes
 from pkt_ext.streaming.meter import PassReport
+from pkt_ext.streaming.needs import Prediction
 from pkt_ext.streaming.progress import Progress
 
 
@@ -22,16 +25,8 @@ def locate_in(job: Job, which: int, config, kept: Progress, show: bool):
     who, stream, targets = ("teacher", "student")[which], job.streams[which], job.targets[which]
     if line := kept.find(f"locate {who}"):
         return _unpack([s.id for s in targets], kept.load(line["saved"]["found"])), line["cost"]
-    predicted = fit(
-        stream,
-        targets,
-        config.budget and parse_bytes(config.budget),
-        micro_batch=config.micro_batch,
-        extra=locating_bytes(stream, len(targets), job.counts["attention"], job.counts["ffn"]),
-        outer=False,
-        durable=False,
-        backward=False,
-    )
+    budget = config.budget and parse_bytes(config.budget)
+    predicted = share_out(stream, targets, job.counts, budget, config.micro_batch)
     passed: list[PassReport] = []
     found = locate(
         stream,
@@ -57,6 +52,36 @@ def locate_in(job: Job, which: int, config, kept: Progress, show: bool):
     saved = {"found": kept.save(f"located-{who}", _pack(found))}
     kept.record(f"locate {who}", saved=saved, cost=cost)
     return found, cost
+
+
+def share_out(
+    stream: StreamedModel,
+    targets: Sequence[Sample],
+    counts: Mapping[str, int],
+    budget: int | None,
+    micro_batch: int,
+    device: torch.device | None = None,
+) -> Prediction:
+    """How locating in one model shares out its memory, and what it is predicted to take.
+
+    Args:
+        counts: neurons kept of a block, by "attention", "ffn".
+        budget, micro_batch, device: see `budget.fit`.
+    Raises:
+        InputError: the budget is too small; names the smallest that works.
+    """
+    extra = locating_bytes(stream, len(targets), counts["attention"], counts["ffn"], device)
+    return fit(
+        stream,
+        targets,
+        budget,
+        micro_batch=micro_batch,
+        extra=extra,
+        outer=False,
+        durable=False,
+        backward=False,
+        device=device,
+    )
 
 
 def _pack(found: Sequence[Located]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ Source: LaTen's injection, METHODS L7.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -144,9 +144,15 @@ def injected(
     Raises:
         InputError: see `changes`.
     """
-    found = changes(anatomy or describe(model), deltas)
+    with added(model, changes(anatomy or describe(model), deltas).values(), dtype):
+        yield
+
+
+@contextmanager
+def added(model, found: Iterable[Change], dtype: torch.dtype | None) -> Iterator[None]:
+    """`injected` of changes that are known to fit."""
     with frozen(model), ExitStack() as stack:
-        for change in found.values():
+        for change in found:
             module = model.get_submodule(change.module)
             hook = _Adder(change, module.weight.device, dtype)
             stack.callback(module.register_forward_hook(hook).remove)
