@@ -46,7 +46,7 @@ from pkt_ext.streaming.passes import Pass
 from pkt_ext.streaming.reader import Part
 from pkt_ext.streaming.readout import check_logits, head_parts
 
-__all__ = ["BlockNeurons", "Located", "locate"]
+__all__ = ["BlockNeurons", "Located", "check_options", "locate"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +139,7 @@ def locate(
         ResourceError: no disk space for the activations.
     """
     counts = (attention_neurons, ffn_neurons)
-    _check_options(stream, blocks, counts, mode, compat)
+    check_options(stream, blocks, counts, mode, compat)
     batches = stream.batches(targets, allotment.micro_batch)
     ids = [sample.id for sample in with_distinct_ids(targets)]
     flows = Flows(stream, batches, ids, own_values=compat is not None)
@@ -171,9 +171,16 @@ def locate(
     return [_located(flows, gains, kept, scores, n) for n in range(len(ids))]
 
 
-def _check_options(
+def check_options(
     stream: StreamedModel, blocks: int, counts: tuple[int, int], mode: str, compat: str | None
 ) -> None:
+    """Refuse what `locate` cannot do; no weight is read.
+
+    Args:
+        counts: attention and FFN neurons to keep; all as in `locate`.
+    Raises:
+        InputError: more than there is, an unknown mode, a model that `compat` does not know.
+    """
     there = len(stream.block_names)
     if mode not in MODES:
         raise InputError(f"mode is {mode!r}; choose one of {', '.join(MODES)}")

@@ -28,7 +28,7 @@ from pkt_ext import artifact
 from pkt_ext.attribution.neurons import BlockNeurons, Located
 from pkt_ext.data import PROMPT_FORMATS
 from pkt_ext.delta import delta_card, to_adapter, write_delta
-from pkt_ext.errors import InputError
+from pkt_ext.errors import InputError, NonFiniteError
 from pkt_ext.lora import load_student
 from pkt_ext.methods.alignment import (
     Alignment,
@@ -38,7 +38,7 @@ from pkt_ext.methods.alignment import (
     draw_rows,
 )
 from pkt_ext.methods.hypernetwork import REGULARISER, TYPES, Hypernetwork
-from pkt_ext.methods.laten_inputs import Job, prepare, run_record, state
+from pkt_ext.methods.laten_inputs import Job, planned_bytes, prepare, run_record, state
 from pkt_ext.methods.locating import at_random, locate_in
 from pkt_ext.methods.matching import Match, match_neurons
 from pkt_ext.methods.windows import Clock
@@ -155,7 +155,8 @@ def align(
 
     Args:
         teacher, student: a folder, a hub id or a loaded PreTrainedModel. The teacher streams; the
-            student streams while it is located in, and is in memory while it is aligned.
+            student streams while it is located in, and is in memory while it is aligned: one that
+            was loaded already in its own dtype.
         locate: rows to locate by, a JSON-lines file or the rows; see `data.read_rows`. A step is
             taken for each, in an order drawn by the seed.
         align:  rows that the student's loss is taken on; by one of them it is located at the end.
@@ -210,13 +211,15 @@ def align(
             report=report,
             card=delta_card(job.student.name, asdict(config)),
             overwrite=overwrite,
+            planned_bytes=planned_bytes(job, config, place),
         ) as staging:
             if job.dropped:
                 log.warning("%d rows left out; report.json names them", len(job.dropped))
             kept = Progress(place, state(job, config, run), resume=resume and durable)
             _transfer(job, student, config, clock, kept, staging, report, progress)
     except BaseException as error:
-        if kept is not None and kept.found and durable:
+        # with NaN about, weights or options have to change, and the progress would not fit them
+        if kept is not None and kept.found and durable and not isinstance(error, NonFiniteError):
             error.add_note(
                 f"what is finished is kept in {place}: the same command goes on from there"
             )
@@ -258,7 +261,7 @@ def _transfer(job: Job, student, config, clock, kept, staging, report: dict, sho
     ):
         training = Alignment(model, network, config.alignment(len(job.located)), anatomy=ours)
         steps, held = _train(training, job, config, kept, match, show)
-        chosen = _chosen(config, len(steps), held)
+        chosen = config.inject_step or _best(held) or len(steps)
         training.load_step(kept, chosen)
         deltas = training.deltas(match(-1))
         peak = memory.bytes
@@ -310,7 +313,8 @@ def _train(
             line = {"loss": sum(losses) / len(losses)}
             kept.record(f"held-{number:04}", **line)
         held.append(line["loss"])
-        return stop is not None and stop.update(number, held[-1])
+        done = stop is not None and stop.update(number, held[-1])
+        return done and number >= (config.inject_step or 0)
 
     stopped = any([enough() for _ in steps]) if job.holdout else False
     bar = tqdm(
@@ -337,11 +341,9 @@ def _train(
     return steps, held
 
 
-def _chosen(config: LatenConfig, steps: int, held: list[float]) -> int:
-    """The step whose hypernetwork is injected."""
-    if config.inject_step:
-        return min(config.inject_step, steps)
-    return 1 + held.index(min(held)) if held else steps
+def _best(held: list[float]) -> int | None:
+    """The first step with the lowest held-out loss, from 1; None without rows held out."""
+    return 1 + held.index(min(held)) if held else None
 
 
 def _report(job: Job, found, steps, held, chosen: int, deltas, config: LatenConfig) -> dict:

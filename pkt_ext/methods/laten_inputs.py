@@ -6,13 +6,16 @@ from __future__ import annotations
 import os
 import random
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 
 from pkt_ext import artifact
-from pkt_ext.data import encode, encode_targets, read_rows
+from pkt_ext.attribution.neurons import check_options
+from pkt_ext.data import Encoded, encode, encode_targets, read_rows
 from pkt_ext.errors import InputError
 from pkt_ext.methods.matching import KIND
+from pkt_ext.methods.seeking_inputs import longest_row
 from pkt_ext.models.anatomy import Anatomy
 from pkt_ext.settings import find_device
 from pkt_ext.streaming.batches import Sample, digest, with_distinct_ids
@@ -50,22 +53,31 @@ def prepare(models, tokenizers, locate, align, holdout, config) -> Job:
         checkpoint = Checkpoint.open(model, revision=revision)
         dtype = getattr(torch, config.dtype) if config.dtype else checkpoint.dtype
         streams.append(StreamedModel(checkpoint, dtype=dtype, device=device))
+    _check_gradients(streams[1])
     smaller = min(len(stream.block_names) for stream in streams)
     if (blocks := config.blocks or smaller) > smaller:
         raise InputError(f"blocks is {blocks}; one of the models has {smaller}, give at most those")
     counts = _counts(*(stream.anatomy for stream in streams), config)
+    for stream in streams:
+        kept = counts["attention"], counts["ffn"]
+        check_options(stream, blocks, kept, config.mode, config.compat)
 
     tokenizers = [t or s.checkpoint.tokenizer() for t, s in zip(tokenizers, streams, strict=True)]
-    length = {"max_length": config.max_length, "prompt_format": config.prompt_format}
+    lengths = [
+        {"max_length": longest_row(stream, config), "prompt_format": config.prompt_format}
+        for stream in streams
+    ]
     shuffle = random.Random(config.seed).shuffle
     by, over = (with_distinct_ids(read_rows(source)) for source in (locate, align))
     shuffle(by)
     shuffle(over)
-    own, learned = (encode(rows, tokenizers[1], stage="train", **length) for rows in (by, over))
-    held = []
-    if holdout is not None:
-        held = encode(read_rows(holdout), tokenizers[1], stage="train", **length).samples
-    aims = [encode_targets(by, tokenizer, **length) for tokenizer in tokenizers]
+
+    def learnable(rows):
+        return encode(rows, tokenizers[1], stage="train", **lengths[1])
+
+    own, learned = learnable(by), learnable(over)
+    held = [] if holdout is None else learnable(read_rows(holdout)).samples
+    aims = _targets(by, tokenizers, lengths)
     known = [{s.id: s for s in found.samples} for found in (*aims, own)]
     names = [row.id for row in by if all(row.id in found for found in known)]
     steps = len(names) if config.steps is None else config.steps
@@ -76,7 +88,7 @@ def prepare(models, tokenizers, locate, align, holdout, config) -> Job:
         )
     if (config.inject_step or 0) > steps:
         raise InputError(f"inject_step is {config.inject_step}, of {steps} steps; lower it")
-    last = _first_with_targets(over, tokenizers, length)
+    last = _first_with_targets(over, tokenizers, lengths)
     targets = tuple(
         [found[name] for name in names[:steps]] + [one]
         for found, one in zip(known, last, strict=False)
@@ -93,6 +105,16 @@ def prepare(models, tokenizers, locate, align, holdout, config) -> Job:
         blocks,
         counts,
     )
+
+
+def _check_gradients(student: StreamedModel) -> None:
+    """Now rather than when both models have been located in."""
+    kind = student.checkpoint.quantisation
+    if kind is not None and kind.bits == 4 and student.device.type == "cpu":
+        raise InputError(
+            f"{student.checkpoint.name}: its weights are quantised ({kind}), and through those no "
+            "gradient passes on a CPU; use the unquantised student, or --device cuda"
+        )
 
 
 def _counts(theirs: Anatomy, ours: Anatomy, config) -> dict[str, int]:
@@ -114,14 +136,37 @@ def _counts(theirs: Anatomy, ours: Anatomy, config) -> dict[str, int]:
     return found
 
 
-def _first_with_targets(rows, tokenizers, length: dict) -> list[Sample]:
+def _targets(rows, tokenizers, lengths: list[dict]) -> list[Encoded]:
+    """By model; each reads the rows with its own tokenizer."""
+    return [
+        encode_targets(rows, tokenizer, **length)
+        for tokenizer, length in zip(tokenizers, lengths, strict=True)
+    ]
+
+
+def _first_with_targets(rows, tokenizers, lengths: list[dict]) -> list[Sample]:
     """L9: the row to locate by for the injection, for each model; `rows` are shuffled."""
     for row in rows:
         try:
-            return [encode_targets([row], each, **length).samples[0] for each in tokenizers]
+            return [found.samples[0] for found in _targets([row], tokenizers, lengths)]
         except InputError:
             continue
     raise InputError("no row to align by has a target in both models; give rows with answers")
+
+
+def planned_bytes(job: Job, config, place: Path) -> int:
+    """What is still to be written, beside the output too: a checkpoint of every step is kept.
+
+    Args:
+        place: the folder of the progress, whose files count as written.
+    """
+    theirs, ours = (anatomy.hidden_size for anatomy in job.anatomies)
+    network = 4 * len(config.types) * theirs * (theirs + ours)
+    delta = sum(4 * job.blocks * job.counts[KIND[name]] * (ours + 2) for name in config.types)
+    steps = len(job.located)
+    progress = network * (steps + 2 * 2)  # the optimiser's state is twice as large, kept twice
+    there = sum(file.stat().st_size for file in place.glob("*.safetensors"))
+    return delta + network * (1 + steps * config.keep_checkpoints) + max(0, progress - there)
 
 
 def run_record(job: Job, locate, align, holdout, config) -> dict:
