@@ -29,7 +29,7 @@ from pkt_ext.demo_world import MODELS, DemoConfig, World
 from pkt_ext.errors import InputError
 from pkt_ext.finetune import FinetuneConfig, finetune
 from pkt_ext.lora import Factor, merge, write_adapter
-from pkt_ext.methods import seeking
+from pkt_ext.methods import laten, seeking
 from pkt_ext.models.anatomy import describe
 
 ARMS = {
@@ -39,6 +39,7 @@ ARMS = {
     "seeking": "Seeking",
     "grown": "Seeking, best-case teacher",
     "shuffled": "Seeking, shuffled teacher (-)",  # negative control
+    "laten": "LaTen",
     "injected": "injected difference (+)",  # positive control
 }
 MEASURES = {
@@ -60,7 +61,8 @@ EXPECTED = (
     "and >= 0.3 more than Gaussian LoRA in every seed",
     "must not differ: Seeking from a shuffled teacher recalls no more teacher-only facts than "
     "Gaussian LoRA",
-    "open: whether Seeking, Seeking from its best-case teacher and PiSSA differ from Gaussian LoRA",
+    "open: whether Seeking, Seeking from its best-case teacher, LaTen and PiSSA differ from Gaussian "
+    "LoRA",
 )
 
 
@@ -90,6 +92,25 @@ def transfer(
         start = work / "start"
         extracted = seeking.extract(teacher, student, rows, start, settings, progress=False)
         details = {name: extracted[name] for name in ("blocks", "block_scores", "windows")}
+    elif arm == "laten":
+        # each step's rows are learned from: none may hold what only the teacher was taught
+        rows = demo_world.make_rows(world.tuned, demo_world.NEW)
+        settings = laten.LatenConfig(
+            rate=0.1,
+            steps=config.align_steps,
+            learning_rate=config.align_rate,
+            micro_batch=config.seed_rows,
+            gradient_checkpointing=False,
+            device="cpu",
+            seed=seed,
+        )
+        aligned = laten.align(
+            models / "teacher", student, rows, rows, work / "delta", settings, progress=False
+        )
+        merge(student, work / "delta", work / "student", progress=False)
+        student = work / "student"
+        details = {name: aligned[name] for name in ("blocks", "unedited_losses", "delta_norms")}
+        details["edited_losses"] = aligned["losses"]
     elif arm == "injected":
         start = work / "start"
         factors = difference(_load(models / "taught"), _load(student), config.rank)

@@ -48,6 +48,8 @@ class DemoConfig:
     tune_batch: int = 32
     tune_rate: float = 5e-4
     seed_rows: int = 32  # rows of an extraction
+    align_steps: int = 20  # of LaTen's hypernetwork
+    align_rate: float = 1e-2
 
 
 MODELS = {"student": 2, "teacher": 5, "taught": 2, "grown": 5}  # relative times, for the estimate

@@ -17,7 +17,7 @@ from pkt_ext.lora import read_adapter, write_adapter
 
 TINY = DemoConfig(
     entities=6, values=3, student=(32, 32, 2), teacher=(48, 48, 3), batch=8, steps=3, rank=4,
-    tune_steps=2, tune_batch=4, seed_rows=4,
+    tune_steps=2, tune_batch=4, seed_rows=4, align_steps=2,
 )  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def test_verdict_ranks_when_the_controls_hold():
     text = lines(made_up(seeking=(0.3, 0.35, 0.4), pissa=(0.07, 0.11, 0.09), grown=0.0))
     assert "inconclusive" not in text
     ranked = [line for line in text.splitlines() if line.startswith("  ")]
-    assert [float(line.split()[0]) for line in ranked] == [0.8, 0.35, 0.09, 0.08, 0.08, 0.08, 0.0]
+    assert [float(line.split()[0]) for line in ranked] == [0.8, 0.35, 0.09, *[0.08] * 4, 0.0]
     assert "Seeking: higher" in text and "PiSSA LoRA: no difference" in text
     assert "best-case teacher: lower" in text
 
@@ -261,7 +261,7 @@ def test_trained_models_are_kept_and_damaged_ones_made_again(tmp_path):
 
 def test_arms_start_where_they_should(tmp_path):
     """After one step at a rate of almost nothing every arm but the injected one is the student."""
-    config = replace(TINY, steps=10, tune_steps=1, tune_rate=1e-12)
+    config = replace(TINY, steps=10, tune_steps=1, tune_rate=1e-12, align_rate=1e-12)
     world = demo_world.make_world(0, config)
     models = demo_world.models_of(world, 0, config, tmp_path, demo._Progress(1, quiet=True))
     ids = torch.arange(3, 20)[None]
