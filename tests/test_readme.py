@@ -81,3 +81,10 @@ def test_memory_page(shop):
     assert one["budget"] == 2 * 2**30 >= one["memory"]["peak_bytes"]
     assert [len(r["processes"]) for r in (one, two)] == [0, 2]
     assert one["blocks"] == two["blocks"]
+
+
+def test_laten_page(shop):
+    (script,) = blocks("docs/laten.md", "bash")
+    run(shop, ["bash", "-euc", script])
+    assert (shop / "delta" / "delta.safetensors").exists()
+    assert (shop / "merged" / "config.json").exists()
