@@ -61,8 +61,8 @@ EXPECTED = (
     "and >= 0.3 more than Gaussian LoRA in every seed",
     "must not differ: Seeking from a shuffled teacher recalls no more teacher-only facts than "
     "Gaussian LoRA",
-    "open: whether Seeking, Seeking from its best-case teacher, LaTen and PiSSA differ from Gaussian "
-    "LoRA",
+    "open: whether Seeking, Seeking from its best-case teacher, LaTen and PiSSA differ from "
+    "Gaussian LoRA",
 )
 
 
