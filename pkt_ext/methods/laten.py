@@ -38,6 +38,7 @@ from pkt_ext.methods.alignment import (
     draw_rows,
 )
 from pkt_ext.methods.hypernetwork import REGULARISER, TYPES, Hypernetwork
+from pkt_ext.methods.laten_budget import alignment_bytes
 from pkt_ext.methods.laten_inputs import Job, planned_bytes, prepare, run_record, state
 from pkt_ext.methods.locating import at_random, locate_in
 from pkt_ext.methods.matching import Match, match_neurons
@@ -202,6 +203,8 @@ def align(
         export()
         shutil.rmtree(place)
         return finished
+    with clock("prepare"):
+        report["align_predicted_bytes"] = alignment_bytes(job, config)
     kept: Progress | None = None
     try:
         with artifact.publish(

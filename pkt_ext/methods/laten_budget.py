@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a LaTen run fits into its budget: both passes and the alignment, before any of them."""
+
+from __future__ import annotations
+
+from pkt_ext.errors import InputError
+from pkt_ext.methods.alignment_needs import AlignmentNeeds
+from pkt_ext.methods.laten_inputs import Job
+from pkt_ext.methods.locating import share_out
+from pkt_ext.streaming.budget import format_bytes, parse_bytes, smallest_that_works
+
+_PLENTY = 2**60  # bytes: a budget that nothing exceeds
+
+
+def alignment_bytes(job: Job, config) -> int | None:
+    """The most memory that the alignment is predicted to take; None without a budget.
+
+    Raises:
+        InputError: a budget that it does not fit into, or one of the passes before it; names the
+            smallest that works for all of them.
+    """
+    if config.budget is None:
+        return None
+    needs = AlignmentNeeds(job, config)
+    stages = {"align": needs.peak}
+    for which, who in enumerate(("teacher", "student")):
+        found = share_out(
+            job.streams[which], job.targets[which], job.counts, _PLENTY, config.micro_batch
+        )
+        stages[f"locate in the {who}"] = found.least
+    refuse_what_is_too_little(parse_bytes(config.budget), stages, needs)
+    return needs.peak
+
+
+def refuse_what_is_too_little(limit: int, stages: dict[str, int], needs: AlignmentNeeds) -> None:
+    """Refuse a budget that some stage's least bytes exceed.
+
+    Args:
+        stages: stage -> bytes that it takes at least.
+    Raises:
+        InputError: names the smallest budget that works, and what needs it.
+    """
+    stage = max(stages, key=stages.get)
+    if stages[stage] <= limit:
+        return
+    why = f"to {stage}"
+    if stage == "align":
+        most = max(needs.phases.values(), key=lambda parts: sum(parts.values()))
+        parts = sorted(most.items(), key=lambda item: -item[1])[:3]
+        why += ": " + ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
+    raise InputError(
+        f"{format_bytes(limit)} of memory is too little: the smallest --budget that works is "
+        f"{smallest_that_works(stages[stage])} ({why}); lower --max-length or --rate for less"
+    )
