@@ -29,6 +29,7 @@ from pkt_ext.attribution.neurons import BlockNeurons, Located
 from pkt_ext.data import PROMPT_FORMATS
 from pkt_ext.delta import delta_card, to_adapter, write_delta
 from pkt_ext.errors import InputError, NonFiniteError
+from pkt_ext.heap import give_back_freed_memory
 from pkt_ext.lora import load_student
 from pkt_ext.methods.alignment import (
     Alignment,
@@ -254,6 +255,8 @@ def _transfer(job: Job, student, config, clock, kept, staging, report: dict, sho
         )
 
     theirs, ours = job.anatomies
+    if job.streams[1].device.type == "cpu":
+        give_back_freed_memory()  # of the passes, in pieces
     network = Hypernetwork(
         theirs.hidden_size, ours.hidden_size, types=config.types, seed=config.seed
     )

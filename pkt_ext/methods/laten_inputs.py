@@ -47,21 +47,12 @@ class Job:
 
 
 def prepare(models, tokenizers, locate, align, holdout, config) -> Job:
-    device, streams = find_device(config.device), []
     revisions = config.teacher_revision, config.student_revision
-    for model, revision in zip(models, revisions, strict=True):
-        checkpoint = Checkpoint.open(model, revision=revision)
-        dtype = getattr(torch, config.dtype) if config.dtype else checkpoint.dtype
-        streams.append(StreamedModel(checkpoint, dtype=dtype, device=device))
-    _check_gradients(streams[1])
-    smaller = min(len(stream.block_names) for stream in streams)
-    if (blocks := config.blocks or smaller) > smaller:
-        raise InputError(f"blocks is {blocks}; one of the models has {smaller}, give at most those")
-    counts = _counts(*(stream.anatomy for stream in streams), config)
-    for stream in streams:
-        kept = counts["attention"], counts["ffn"]
-        check_options(stream, blocks, kept, config.mode, config.compat)
-
+    checkpoints = [
+        Checkpoint.open(model, revision=revision)
+        for model, revision in zip(models, revisions, strict=True)
+    ]
+    streams, blocks, counts = pair(checkpoints, config, find_device(config.device))
     tokenizers = [t or s.checkpoint.tokenizer() for t, s in zip(tokenizers, streams, strict=True)]
     lengths = [
         {"max_length": longest_row(stream, config), "prompt_format": config.prompt_format}
@@ -95,7 +86,7 @@ def prepare(models, tokenizers, locate, align, holdout, config) -> Job:
     )
     dropped = dict.fromkeys(d for e in (*aims, own, learned) for d in e.dropped)
     return Job(
-        tuple(streams),
+        streams,
         targets,
         [known[2][name] for name in names[:steps]],
         learned.samples,
@@ -107,10 +98,37 @@ def prepare(models, tokenizers, locate, align, holdout, config) -> Job:
     )
 
 
-def _check_gradients(student: StreamedModel) -> None:
+def pair(checkpoints, config, device: torch.device, target: torch.device | None = None):
+    """(both models on `device`, blocks kept of each, neurons of a block by kind).
+
+    Args:
+        target: the device that they will be on, where that is another one.
+    Raises:
+        InputError: models that cannot be streamed, or do not go together.
+    """
+    streams = tuple(
+        StreamedModel(
+            checkpoint,
+            dtype=getattr(torch, config.dtype) if config.dtype else checkpoint.dtype,
+            device=device,
+        )
+        for checkpoint in checkpoints
+    )
+    _check_gradients(streams[1], target or device)
+    smaller = min(len(stream.block_names) for stream in streams)
+    if (blocks := config.blocks or smaller) > smaller:
+        raise InputError(f"blocks is {blocks}; one of the models has {smaller}, give at most those")
+    counts = _counts(*(stream.anatomy for stream in streams), config)
+    for stream in streams:
+        kept = counts["attention"], counts["ffn"]
+        check_options(stream, blocks, kept, config.mode, config.compat)
+    return streams, blocks, counts
+
+
+def _check_gradients(student: StreamedModel, device: torch.device) -> None:
     """Now rather than when both models have been located in."""
     kind = student.checkpoint.quantisation
-    if kind is not None and kind.bits == 4 and student.device.type == "cpu":
+    if kind is not None and kind.bits == 4 and device.type == "cpu":
         raise InputError(
             f"{student.checkpoint.name}: its weights are quantised ({kind}), and through those no "
             "gradient passes on a CPU; use the unquantised student, or --device cuda"
