@@ -291,6 +291,8 @@ def laten_command(
             "--cycle-momentum/--no-cycle-momentum", default=True, help="onecycle moves beta1 too."
         ),
     ] = None,
+    beta1: Annotated[float | None, _option("--beta1", default=0.9, help="AdamW's.")] = None,
+    beta2: Annotated[float | None, _option("--beta2", default=0.95, help="AdamW's.")] = None,
     weight_decay: Annotated[
         float | None, _option("--weight-decay", default=0.05, help="AdamW's.")
     ] = None,
@@ -321,6 +323,14 @@ def laten_command(
     max_length: Annotated[
         int | None,
         _option("--max-length", "--cutoff_len", default=1024, help="Tokens of a row."),
+    ] = None,
+    train_on_inputs: Annotated[
+        bool | None,
+        _option(
+            "--train-on-inputs/--no-train-on-inputs",
+            default=False,
+            help="Take the loss on prompts too.",
+        ),
     ] = None,
     prompt_format: Format = None,
     dtype: Annotated[

@@ -70,6 +70,8 @@ class LatenConfig:
     learning_rate: float = 3e-5
     schedule: str = "onecycle"  # or constant, which is what the first published code did
     cycle_momentum: bool = True  # the schedule also moves AdamW's first beta, as published
+    beta1: float = 0.9  # AdamW's; cycle_momentum overrides it
+    beta2: float = 0.95
     weight_decay: float = 0.05
     regulariser: float = REGULARISER  # weight of the mean square of what is injected
     reduction: str = "sum"  # over the rows of a step: sum or mean
@@ -77,6 +79,7 @@ class LatenConfig:
     inject_step: int | None = None  # step to inject; None: the best held out, else the last
     keep_checkpoints: bool = False  # leave the hypernetwork of every step in the output
     max_length: int = 1024  # tokens of a row
+    train_on_inputs: bool = False  # the loss is taken on prompts too
     prompt_format: str = "auto"  # auto, published, chat or plain: see data.encode
     dtype: str | None = None  # of the passes and of the student; None: the checkpoints'
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: cuda where there is one
@@ -127,6 +130,7 @@ class LatenConfig:
         shared = ("learning_rate", "schedule", "cycle_momentum", "weight_decay", "regulariser")
         return AlignmentConfig(
             steps=steps,
+            betas=(self.beta1, self.beta2),
             reduction=self.reduction,
             gradient_checkpointing=self.gradient_checkpointing,
             **{name: getattr(self, name) for name in shared},

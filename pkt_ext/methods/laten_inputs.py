@@ -63,8 +63,11 @@ def prepare(models, tokenizers, locate, align, holdout, config) -> Job:
     shuffle(by)
     shuffle(over)
 
-    def learnable(rows):
-        return encode(rows, tokenizers[1], stage="train", **lengths[1])
+    def learnable(rows) -> Encoded:
+        found = encode(rows, tokenizers[1], stage="train", **lengths[1])
+        if not config.train_on_inputs:
+            return found
+        return replace(found, samples=[replace(s, labels=s.input_ids) for s in found.samples])
 
     own, learned = learnable(by), learnable(over)
     held = [] if holdout is None else learnable(read_rows(holdout)).samples
