@@ -13,7 +13,7 @@ import signal
 import sys
 
 from pkt_ext import cli
-from pkt_ext.methods import seeking  # noqa: F401 - so that no attempt imports it
+from pkt_ext.methods import laten, seeking  # noqa: F401 - so that no attempt imports them
 
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 

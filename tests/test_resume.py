@@ -12,9 +12,12 @@ from pathlib import Path
 import model_zoo
 import pytest
 
-from pkt_ext import cli
+from pkt_ext import artifact, cli
+from pkt_ext.methods import laten, locating
+from pkt_ext.methods.alignment import Alignment
 from pkt_ext.streaming.checkpoint import Checkpoint
 from pkt_ext.streaming.passes import Pass
+from pkt_ext.streaming.progress import Progress
 
 ROWS = [{"prompt": f"{i} + {i} =", "completion": f"{2 * i}" * (1 + i % 3)} for i in range(5)]
 KILLED = Path(__file__).parent / "killed.py"
@@ -202,3 +205,174 @@ def test_a_shard_that_fails_midway_keeps_the_finished_blocks(
     assert cli.run(arguments(tmp_path, out)) == 0
     assert cli.run(arguments(tmp_path, tmp_path / "whole")) == 0
     assert adapters(out) == adapters(tmp_path / "whole")
+
+
+# --- pkt laten ------------------------------------------------------------------------------------
+
+
+def laten_arguments(place, out, *more):
+    files = [f"--{name}={place / 'rows.jsonl'}" for name in ("locate", "align", "holdout")]
+    return ["laten", f"--teacher={place / 'teacher'}", f"--student={place / 'student'}", *files,
+            f"--out={out}", "--rate=0.2", "--rows=2", "--lr=1e-2", "--device=cpu",
+            "--keep-checkpoints", "--export=adapter", "-q", *more]  # fmt: skip
+
+
+def tensors(out) -> dict[str, bytes]:
+    """Of the delta, its hypernetworks and the adapter beside it."""
+    folders = out, out.with_name(f"{out.name}-adapter")
+    return {
+        f"{number}/{path.relative_to(folder)}": path.read_bytes()
+        for number, folder in enumerate(folders)
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+
+
+@pytest.fixture(scope="module")
+def delta(place, tmp_path_factory):
+    """The output of a run that nothing stopped."""
+    out = tmp_path_factory.mktemp("delta") / "out"
+    assert cli.run(laten_arguments(place, out)) == 0
+    assert len(tensors(out)) == 1 + 1 + len(ROWS) + 1
+    return out
+
+
+def test_laten_killed_at_any_moment_leaves_the_same_bytes(place, delta, tmp_path):
+    (((code, operations),),) = attempts([[laten_arguments(place, tmp_path / "whole"), [None]]])
+    assert code == 0 and tensors(tmp_path / "whole") == tensors(delta)
+    rng, commands = random.Random(3), []
+    for number in range(6):
+        kills = [rng.randrange(operations // 4, operations)]
+        if number < 2:  # in the cleaning up
+            kills = [operations - 5 * number]
+        elif number == 5:
+            kills = [operations // 2, *kills]
+        commands.append([laten_arguments(place, tmp_path / f"out-{number}"), [*kills, None]])
+    interrupted = 0
+    for number, (*killed, last) in enumerate(attempts(commands)):
+        codes = [code for code, _ in killed]
+        interrupted += -9 in codes
+        assert last[0] == (2 if 0 in codes else 0), (commands[number], codes, last)
+        out = tmp_path / f"out-{number}"
+        assert tensors(out) == tensors(delta), commands[number]
+        assert artifact.verify(out) == [] == artifact.verify(tmp_path / f"out-{number}-adapter")
+        left = {p.name for p in tmp_path.iterdir() if p.name.startswith(out.name)}
+        assert left == {out.name, f"{out.name}-adapter"}
+    assert interrupted >= 5
+
+
+def stop(*_, **__):
+    raise RuntimeError("stopped here")
+
+
+def stopped_before(name):
+    """Just before this step is noted, its files written."""
+
+    def patch(patch):
+        record = Progress.record
+        patch.setattr(
+            Progress,
+            "record",
+            lambda s, step, **f: stop() if step == name else record(s, step, **f),
+        )
+
+    return patch
+
+
+def half_removed(self):
+    if self.found:
+        (self.folder / "journal.jsonl").unlink()
+        stop()
+
+
+# where it stops -> (how, optimiser steps that the repeated command takes, models it locates in)
+MOMENTS = {
+    "the teacher's neurons are written": (stopped_before("locate teacher"), 5, 2),
+    "the student's neurons are written": (stopped_before("locate student"), 5, 1),
+    "a step is written": (stopped_before("align-0003"), 3, 0),
+    "a step is noted, not its held-out loss": (stopped_before("held-0002"), 3, 0),
+    "the last step is noted": (stopped_before("held-0005"), 0, 0),
+    "everything is trained": (lambda p: p.setattr(laten, "write_delta", stop), 0, 0),
+    "the delta is published": (lambda p: p.setattr(laten, "to_adapter", stop), 0, 0),
+    "it cleans up": (lambda p: p.setattr(Progress, "remove", half_removed), 0, 0),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_laten_goes_on_where_it_stopped(place, delta, tmp_path, monkeypatch, capsys, moment):
+    out, (interrupt, steps, passes) = tmp_path / "out", MOMENTS[moment]
+    with monkeypatch.context() as patch:
+        interrupt(patch)
+        assert cli.run(laten_arguments(place, out)) == 1
+    published = moment in ("the delta is published", "it cleans up")
+    # before anything is noted, nothing is kept
+    kept = moment != "the teacher's neurons are written"
+    assert out.with_name("out.progress").exists() == kept and out.exists() == published
+    says = f"what is finished is kept in {out}.progress: the same command goes on from there"
+    assert (says in capsys.readouterr().err) == (kept and not published)
+    taken, located, step, locate = [], [], Alignment.step, locating.locate
+    monkeypatch.setattr(Alignment, "step", lambda *a: taken.append(1) or step(*a))
+    monkeypatch.setattr(locating, "locate", lambda *a, **k: located.append(1) or locate(*a, **k))
+    assert cli.run(laten_arguments(place, out)) == 0
+    assert (len(taken), len(located)) == (steps, passes)
+    assert tensors(out) == tensors(delta)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-adapter"]
+    report, whole = (json.loads((o / "report.json").read_text()) for o in (out, delta))
+    assert report.keys() == whole.keys()
+    for key in ("blocks", "neurons", "overlap", "steps", "held_out_losses", "injected_step"):
+        assert report[key] == whole[key]
+
+
+@pytest.mark.parametrize(
+    ("victim", "steps"),
+    [
+        ("located-student.safetensors", 5),
+        ("hypernetwork-0002.safetensors", 5),  # the optimiser's state of step 1 is gone
+        ("hypernetwork-0003.safetensors", 3),
+        ("optimizer-1.safetensors", 3),  # of step 3: that of step 2 is still there
+        ("optimizer-0.safetensors", 2),  # of step 2: nobody needs it
+    ],
+)
+def test_laten_does_again_what_is_damaged(place, delta, tmp_path, monkeypatch, victim, steps):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stopped_before("held-0003")(patch)
+        assert cli.run(laten_arguments(place, out)) == 1
+    path = out.with_name("out.progress") / victim
+    path.write_bytes(path.read_bytes()[:-1])
+    taken, step = [], Alignment.step
+    monkeypatch.setattr(Alignment, "step", lambda *a: taken.append(1) or step(*a))
+    assert cli.run(laten_arguments(place, out)) == 0
+    assert len(taken) == steps and tensors(out) == tensors(delta)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda place: ["--rate=0.3"], "config.rate was 0.2, is 0.3"),
+        (lambda place: rewrite_rows(place), "inputs.align"),
+        (lambda place: touch_teacher(place), "inputs.teacher"),
+    ],
+)
+def test_the_progress_of_another_laten_is_refused(
+    place, tmp_path, monkeypatch, capsys, change, says
+):
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stopped_before("align-0002")(patch)
+        assert cli.run(laten_arguments(tmp_path, out)) == 1
+    more = change(tmp_path)
+    capsys.readouterr()
+    assert cli.run(laten_arguments(tmp_path, out, *more)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line and "another run" in line and "--no-resume" in line
+    assert cli.run(laten_arguments(tmp_path, out, *more, "--no-resume")) == 0
+
+
+def test_a_budget_of_laten_may_change_on_the_way(place, delta, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stopped_before("locate student")(patch)
+        assert cli.run(laten_arguments(place, out, "--budget=2GiB")) == 1
+    assert cli.run(laten_arguments(place, out, "--budget=3GiB")) == 0
+    assert tensors(out) == tensors(delta)

@@ -40,6 +40,8 @@ def locate_in(job: Job, which: int, config, kept: Progress, show: bool):
         on_report=passed.append,
         show=show,
     )
+    # a row to align by may have the name of one to locate by, and is numbered in the pass
+    found = [replace(one, sample=sample.id) for one, sample in zip(found, targets, strict=True)]
     (spent,) = passed
     cost = {
         "peak_bytes": spent.peak_bytes,
