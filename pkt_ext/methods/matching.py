@@ -21,6 +21,7 @@ from pkt_ext.streaming.checkpoint import Checkpoint
 
 # module type -> the half of a block whose neurons it belongs to
 KIND = {"up": "ffn", "down": "ffn", "v": "attention", "o": "attention"}
+_SLAB = 1024  # rows of a matrix that are looked at for their columns at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,8 +116,17 @@ def read_neurons(
         index = part.rows.index()[index]
     if (role in ROW_ROLES) != part.transposed:  # rows as they are stored: nothing else is read
         return checkpoint.rows(name, index, torch.float32)
-    matrix = checkpoint.load([name], checkpoint.dtype_of(name))[name].detach()
-    return matrix.index_select(1, index).T.float().contiguous()
+    return _columns(checkpoint, name, index)
+
+
+def _columns(checkpoint: Checkpoint, name: str, index: torch.Tensor) -> torch.Tensor:
+    """Some columns of a matrix as float32 rows, [n, D]; a slab of it is read at a time."""
+    dtype, (count, _) = checkpoint.dtype_of(name), checkpoint.shape(name)
+    if not dtype.is_floating_point:  # quantised: what is stored are codes, not numbers
+        dtype = torch.float32
+    slabs = [slice(first, min(first + _SLAB, count)) for first in range(0, count, _SLAB)]
+    found = [checkpoint.rows(name, slab, dtype).index_select(1, index) for slab in slabs]
+    return torch.cat(found).T.float().contiguous()
 
 
 def student_deltas(

@@ -12,11 +12,14 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
-from pkt_ext.attribution.neurons import locate
+from pkt_ext.attribution.neurons import BlockNeurons, locate
 from pkt_ext.attribution.sensitivity import sensitivity
 from pkt_ext.errors import InputError
 from pkt_ext.merge import residual_model
+from pkt_ext.methods import matching
 from pkt_ext.methods.seeking import SeekingConfig, extract
+from pkt_ext.models.anatomy import describe
+from pkt_ext.models.injection import value_row_numbers
 from pkt_ext.streaming import quantised
 from pkt_ext.streaming.batches import IGNORED, Sample
 from pkt_ext.streaming.blocks import StreamedModel
@@ -171,6 +174,23 @@ def test_neurons_are_those_of_the_dequantised_weights(made, tmp_path):
         for source in (folder, model_zoo.save(plain, tmp_path / "plain"))
     ]
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("role", ["up", "down", "v", "o"])
+def test_what_moves_of_a_neuron_is_of_the_dequantised_weights(made, role, monkeypatch):
+    monkeypatch.setattr(matching, "_SLAB", 24)  # several slabs, the last one smaller
+    _, model, folder = made
+    checkpoint = Checkpoint.open(folder)
+    anatomy = describe(checkpoint.skeleton(torch.float32))
+    part = next(p for p in anatomy.projections[1] if p.role == role)
+    weight = dequantised(model)[f"{anatomy.blocks[1]}.{part.module}.weight"].float()
+    chosen = BlockNeurons(1, torch.tensor([13, 2, 31]), torch.zeros(3))  # of the first heads
+    vectors = matching.read_neurons(checkpoint, anatomy, role, chosen)
+    rows = {"up": weight, "v": weight, "down": weight.T, "o": weight.T}[role]
+    place = chosen.indices
+    if role == "v":
+        place = value_row_numbers(place, anatomy)
+    assert vectors.any() and torch.equal(vectors, rows[place])
 
 
 def test_seeking_from_a_quantised_teacher_for_a_quantised_student(made, tmp_path):
