@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -315,3 +316,129 @@ def test_full_disk_while_writing(place):
 def test_command_lines_that_cannot_be(tmp_path, capfd, monkeypatch, argv, says):
     monkeypatch.chdir(tmp_path)
     assert says in refused(tmp_path, capfd, argv)
+
+
+# --- pkt laten ------------------------------------------------------------------------------------
+
+
+def laten_arguments(place, *more):
+    paths = {"teacher": "teacher", "student": "student", "locate": "rows.jsonl"}
+    paths |= {"align": "rows.jsonl", "out": "out"}
+    given = [f"--{name}={place / path}" for name, path in paths.items()]
+    return ["laten", *given, "--rate=0.2", "--rows=2", "--device=cpu", *more]
+
+
+@pytest.fixture
+def no_bars():
+    """As `pkt` itself does where there is no terminal."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+def test_the_sound_laten_works(place, capfd, no_bars):
+    assert cli.run(laten_arguments(place)) == 0
+    out, err = capfd.readouterr()
+    assert "8 matrices changed as step 3 of 3 has it" in out and err == ""
+    assert sorted(p.name for p in place.iterdir()) == ["out", "rows.jsonl", "student", "teacher"]
+    assert "choose another --out" in refused(place, capfd, laten_arguments(place))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--rate=0.01"], "is 0 of the student's 32 attention neurons of a block, the teacher has"),
+        (["--rate=0.01", "--modules=up"], "is 0 of the student's 48 ffn neurons.*raise --rate"),
+        (["--rate=0"], "rate is 0.0; give a share above 0, up to 1"),
+        (["--modules=gate"], "modules is 'gate'; give some of up,down,v,o"),
+        (["--steps=4"], "4 steps need as many rows to locate by, and 3 of 3 have .* lower --steps"),
+        (["--inject-step=4"], "inject_step is 4, of 3 steps; lower it"),
+        (["--patience=1"], "patience needs rows to hold out: give --holdout"),
+        (["--blocks=3"], "blocks is 3; one of the models has 2, give at most those"),
+        (["--learning-rate=0"], "learning_rate is 0.0; give a positive number"),
+        (["--neurons=best"], "neurons is 'best'; choose one of located, random"),
+        (["--export=gguf"], "export is 'gguf'; choose one of adapter"),
+        (["--compat=published"], "compat published computes in float16, not float32"),
+        (["--compat=published", "--mode=first-order"], "no first-order scores"),
+        (["--max-length=9"], "none of the 3 rows .* --max-length"),
+        (["--locate="], "--locate is missing"),
+        (["--align=absent.jsonl"], "absent.jsonl"),
+        (["--holdout=absent.jsonl"], "absent.jsonl"),
+        (["--budget=many"], "'many' is no amount of memory"),
+        (["--export=adapter", "--overwrite=no"], "--overwrite"),
+    ],
+)
+def test_laten_refuses_before_it_starts(place, capfd, monkeypatch, options, says):
+    monkeypatch.chdir(place)
+    assert re.search(says, refused(place, capfd, laten_arguments(place, *options)))
+
+
+def test_laten_in_several_processes(place, capfd, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    line = refused(place, capfd, laten_arguments(place))
+    assert "pkt laten runs in one process; start it without a launcher" in line
+
+
+def test_a_teacher_with_fewer_neurons_than_the_rate_asks_for(place, capfd):
+    model_zoo.save(model_zoo.build("llama_gqa", ffn=200), place / "student")
+    line = refused(place, capfd, laten_arguments(place, "--rate=0.5"))
+    assert "0.5 is 100 of the student's 200 ffn neurons" in line
+    assert "the teacher has 80; lower --rate" in line
+    assert cli.run(laten_arguments(place, "--rate=0.4")) == 0
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_the_published_ranking_knows_llamas_alone(place, capfd, who):
+    sizes = model_zoo.TEACHER if who == "teacher" else model_zoo.STUDENT
+    model_zoo.save(model_zoo.build("gpt2", **sizes), place / who)
+    options = ["--compat=published", "--dtype=float16"]
+    line = refused(place, capfd, laten_arguments(place, *options))
+    assert "leave it out for GPT2LMHeadModel" in line
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_laten_names_weights_that_are_not_finite(place, capfd, who, name):
+    rewrite(place / who, lambda t: t[name].view(-1)[3].fill_(float("nan")))
+    line = refused(place, capfd, laten_arguments(place))
+    assert "NaN" in line and name in line
+
+
+def test_laten_that_runs_away_says_so_and_leaves_nothing(place, capfd, no_bars):
+    options = ["--lr=1e30", "--regulariser=0", "--schedule=constant"]
+    line = refused(place, capfd, laten_arguments(place, *options))
+    assert re.search("step [23]: .*lower --learning-rate", line) and "kept" not in line
+    assert cli.run(laten_arguments(place, "--lr=1e-3")) == 0
+
+
+def test_the_smallest_budget_of_laten_works(place):
+    """In processes of their own: this one holds what the tests before it have left."""
+
+    def run(budget):
+        return subprocess.run(
+            [sys.executable, "-m", "pkt_ext", *laten_arguments(place, f"--budget={budget}")],
+            capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+    done = run("100MiB")
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    least = re.search(r"the smallest --budget that works is (\d+ MiB)", line)[1]
+    assert not (place / "out.progress").exists()
+    done = run(least)
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads((place / "out" / "report.json").read_text())
+    assert all(cost["peak_bytes"] <= report["budget"] for cost in report["passes"].values())
+
+
+def test_full_disk_before_laten(place, capfd, monkeypatch):
+    """Its checkpoints, a hypernetwork each, are larger than what it leaves."""
+    usage, network = shutil.disk_usage(place), 4 * 4 * 48 * (48 + 32)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=6 * network))
+    line = refused(place, capfd, laten_arguments(place), code=75)
+    assert "disk full" in line and "free some space" in line
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=12 * network))
+    assert cli.run(laten_arguments(place)) == 0
