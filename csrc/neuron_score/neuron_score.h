@@ -42,6 +42,32 @@ struct NeuronPanelParams {
   int64_t panel_stride;
 };
 
+// How the product is cut: tiles of neurons by tiles of tokens, the tokens' tiles into runs that one
+// block each goes through. Shapes alone decide, so that the order of additions does not depend on
+// the device: about 1000 blocks fill any of them.
+struct NeuronProductGrid {
+  static constexpr int64_t kRows = 128;  // neurons of a tile
+
+  int64_t columns;  // tokens of a tile
+  int64_t parts;    // partial sums that a run keeps of a neuron
+  int64_t row_tiles, column_tiles, run, runs;
+
+  NeuronProductGrid(const NeuronScoreParams& p, int64_t tile_columns, int64_t partial_sums)
+      : columns(tile_columns),
+        parts(partial_sums),
+        row_tiles((p.rows + kRows - 1) / kRows),
+        column_tiles((p.columns + columns - 1) / columns) {
+    const int64_t wanted = (1024 + row_tiles - 1) / row_tiles;
+    run = (column_tiles + wanted - 1) / wanted;
+    runs = (column_tiles + run - 1) / run;
+  }
+
+  PKT_HOST_DEVICE int64_t slot_rows() const { return row_tiles * kRows; }
+  int64_t workspace(const NeuronScoreParams& p) const {
+    return runs * parts * p.samples * slot_rows();
+  }
+};
+
 // Products of 16-bit operands are formed on the tensor cores. The neurons' side is the sum of two
 // such values, exact to 2^-17 (bfloat16) or 2^-22 (float16) of a neuron's largest weight.
 struct NeuronProductParams {
@@ -50,33 +76,21 @@ struct NeuronProductParams {
   const void* head;     // [columns, head_depth], rows contiguous and at multiples of 16 bytes
   DType dtype;          // of weights and head: f16 or bf16
   int64_t depth, head_depth, head_stride;
-  float* workspace;  // NeuronProductGrid's workspace(), float32 values
+  float* workspace;  // neuron_product_grid().workspace() values
 };
 
-// How the product is cut: tiles of neurons by tiles of tokens, the tokens' tiles into runs that one
-// block each goes through. Shapes alone decide, so that the order of additions does not depend on
-// the device: about 1000 blocks fill any of them.
-struct NeuronProductGrid {
-  static constexpr int64_t kTile = 128;  // neurons, and tokens
-  static constexpr int64_t kParts = 4;   // partial sums of a run: one a column of warps
-  int64_t row_tiles, column_tiles, run, runs;
+// Which kernel: mma.sync on sm_80 and later, or wgmma on sm_90a, which nothing chooses by itself
+// until a card has verified it.
+enum class NeuronProduct { kMma, kWgmma };
 
-  explicit NeuronProductGrid(const NeuronScoreParams& p)
-      : row_tiles((p.rows + kTile - 1) / kTile), column_tiles((p.columns + kTile - 1) / kTile) {
-    const int64_t wanted = (1024 + row_tiles - 1) / row_tiles;
-    run = (column_tiles + wanted - 1) / wanted;
-    runs = (column_tiles + run - 1) / run;
-  }
-
-  int64_t workspace(const NeuronScoreParams& p) const {
-    return runs * kParts * p.samples * row_tiles * kTile;
-  }
-};
+inline NeuronProductGrid neuron_product_grid(const NeuronScoreParams& p, NeuronProduct which) {
+  return which == NeuronProduct::kMma ? NeuronProductGrid(p, 128, 4) : NeuronProductGrid(p, 192, 1);
+}
 
 void neuron_panel_cpu(const NeuronPanelParams& params, int threads);
 void neuron_panel_cuda(const NeuronPanelParams& params, void* stream);
 
-bool neuron_product_runs();  // whether the current device has the tensor cores for it
-void neuron_product_cuda(const NeuronProductParams& params, void* stream);
+bool neuron_product_runs(NeuronProduct which);  // on the current device
+void neuron_product_cuda(const NeuronProductParams& params, NeuronProduct which, void* stream);
 
 }  // namespace pkt

@@ -62,17 +62,20 @@ void neuron_panel(py::handle sums, py::handle panel, py::handle tokens, py::hand
 }
 
 // Whether `neuron_product` can take a head of this dtype where `head` lies.
-bool neuron_product_takes(py::handle head, int, uintptr_t) {
+bool neuron_product_takes(py::handle head, int, uintptr_t, bool wgmma) {
+  [[maybe_unused]] const NeuronProduct which = wgmma ? NeuronProduct::kWgmma : NeuronProduct::kMma;
   const TensorView h = view(head, "head", 2, {DType::f32, DType::f16, DType::bf16});
   bool takes = false;
   if (h.dtype == DType::f32) return takes;
-  PKT_DISPATCH("neuron_log_prob_gain", h, takes = false, takes = neuron_product_runs());
+  PKT_DISPATCH("neuron_log_prob_gain", h, takes = false, takes = neuron_product_runs(which));
   return takes;
 }
 
 // `workspace` is called with the float32 values it must have.
 void neuron_product(py::handle sums, py::handle weights, py::handle head, py::handle tokens,
-                    py::handle neurons, double cap, py::object workspace, int, uintptr_t stream) {
+                    py::handle neurons, double cap, py::object workspace, int, uintptr_t stream,
+                    bool wgmma) {
+  const NeuronProduct which = wgmma ? NeuronProduct::kWgmma : NeuronProduct::kMma;
   const TensorView s = view_sums(sums);
   const TensorView h = view(head, "head", 2, {DType::f16, DType::bf16});
   const TensorView w = view(weights, "weights (of the head's dtype)", 3, {h.dtype});
@@ -95,7 +98,7 @@ void neuron_product(py::handle sums, py::handle weights, py::handle head, py::ha
   p.head_depth = h.shape[1];
   p.head_stride = h.stride[0];
   if (s.numel() == 0 || h.shape[0] == 0) return;
-  const int64_t values = NeuronProductGrid(p.score).workspace(p.score);
+  const int64_t values = neuron_product_grid(p.score, which).workspace(p.score);
   workspace = workspace(values);
   const TensorView space = view(workspace, "workspace", 1, {DType::f32});
   check_shape(space, "workspace", {values});
@@ -103,7 +106,7 @@ void neuron_product(py::handle sums, py::handle weights, py::handle head, py::ha
   check_device(space, "workspace", s);
   p.workspace = static_cast<float*>(space.data);
   PKT_DISPATCH("neuron_log_prob_gain", s, refuse_on_cpu(),
-               neuron_product_cuda(p, reinterpret_cast<void*>(stream)));
+               neuron_product_cuda(p, which, reinterpret_cast<void*>(stream)));
 }
 
 }  // namespace
@@ -112,10 +115,10 @@ void bind_neuron_score(py::module_& m) {
   m.def("neuron_panel", &neuron_panel, py::arg("sums"), py::arg("panel"), py::arg("tokens"),
         py::arg("neurons"), py::arg("cap"), py::arg("threads"), py::arg("stream"));
   m.def("neuron_product_takes", &neuron_product_takes, py::arg("head"), py::arg("threads"),
-        py::arg("stream"));
+        py::arg("stream"), py::arg("wgmma") = false);
   m.def("neuron_product", &neuron_product, py::arg("sums"), py::arg("weights"), py::arg("head"),
         py::arg("tokens"), py::arg("neurons"), py::arg("cap"), py::arg("workspace"),
-        py::arg("threads"), py::arg("stream"));
+        py::arg("threads"), py::arg("stream"), py::arg("wgmma") = false);
 }
 
 }  // namespace pkt

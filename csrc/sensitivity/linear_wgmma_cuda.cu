@@ -22,6 +22,7 @@
 namespace pkt {
 namespace {
 
+using cuda::Turn;
 using mma_tile::Steps;
 using mma_tile::TilePlace;
 
@@ -43,17 +44,6 @@ struct Pipeline {
 
 constexpr int kAlign = 1024;  // of a box
 constexpr size_t kShared = kAlign + kStages * kStage + sizeof(Pipeline);
-
-// Stages and the parity of their barriers, in turn.
-template <int kCount>
-struct Turn {
-  int stage = 0;
-  unsigned parity = 0;
-
-  __device__ __forceinline__ void next() {
-    if (++stage == kCount) stage = 0, parity ^= 1;
-  }
-};
 
 // Sets the rows [first, end) of the warpgroup's box of grads and of all boxes of inputs to zero.
 [[maybe_unused]] __device__ __forceinline__ void clear_rows(char* grads, char* inputs, int first,

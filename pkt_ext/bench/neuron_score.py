@@ -12,7 +12,13 @@ from torch.nn.functional import linear
 
 from pkt_ext.bench.contest import Contest, Contestant, Estimate, Verdict, Work, input_sets
 from pkt_ext.bench.data import Source
-from pkt_ext.ops import NeuronGains, neuron_log_prob_gain, neuron_log_prob_gain_reference
+from pkt_ext.ops import (
+    NeuronGains,
+    _backend,
+    _neuron_corrections,
+    neuron_log_prob_gain,
+    neuron_log_prob_gain_reference,
+)
 from pkt_ext.ops._workers import over_tiles
 
 _CHUNK = 128  # neurons whose logits torch's ways have in memory at once
@@ -108,6 +114,11 @@ class Neurons:
                 **single,
             ),
         ]
+        if self._has_wgmma(device):
+            entry = Contestant(
+                "ours, wgmma", "other", lambda *o: _by_wgmma(*o, **mode), check(1e-5), work
+            )
+            contestants.insert(1, entry)
         if self.samples > 1:
             shared = Contestant(
                 "chunks, one mm for all samples",
@@ -116,8 +127,14 @@ class Neurons:
                 check(1e-3),
                 **single,
             )
-            contestants.insert(3, shared)
+            contestants.insert(-1, shared)
         return Contest(sets, contestants)
+
+    def _has_wgmma(self, device: torch.device) -> bool:
+        if device.type != "cuda" or self.dtype == torch.float32:
+            return False
+        built = _backend._C.build_info()["cuda_architectures"].split(";")
+        return "90a" in built and torch.cuda.get_device_capability(device) == (9, 0)
 
     def _checker(self, operands: tuple, first: int | None = None):
         """checker(allowed) -> a contestant's check against float64 on random neurons (the `first`
@@ -160,6 +177,15 @@ def _effort(found: NeuronGains) -> str:
     if found.evaluations.ndim != 1:
         return ""
     return f"{float(found.evaluations.double().mean()):.0f} neurons a sample read the head"
+
+
+def _by_wgmma(*operands, **mode) -> NeuronGains:
+    """Ours with the kernel that is not chosen by itself."""
+    _neuron_corrections.WGMMA = True
+    try:
+        return neuron_log_prob_gain(*operands, **mode)
+    finally:
+        _neuron_corrections.WGMMA = False
 
 
 def published_scores(

@@ -14,6 +14,7 @@ from pkt_ext.ops._workers import over_tiles, spans
 
 # A panel of products: neurons by tokens. A CPU's core keeps it in the caches, a GPU wants it large.
 _PANEL = {"cpu": (1024, 1024), "cuda": (4096, 8192)}
+WGMMA = False  # the product's kernel for sm_90a, until a card has verified it; tests and bench do
 
 
 class Corrections:
@@ -26,7 +27,7 @@ class Corrections:
         self._strengths, self._centres = strengths, centres
         self._cap = lens.softcap or 0.0  # none
         with _backend.device_of(lens.head) as launch:
-            self._fused = _backend._C.neuron_product_takes(lens.head, **launch)
+            self._fused = _backend._C.neuron_product_takes(lens.head, **launch, wgmma=WGMMA)
         self.panel_rows, self._panel_tokens = _PANEL[lens.head.device.type]
 
     def of(self, neurons: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -120,6 +121,7 @@ class Corrections:
                     self._cap,
                     lambda size: torch.empty(size, device=head.device),
                     **launch,
+                    wgmma=WGMMA,
                 )
         return sums
 

@@ -123,6 +123,17 @@ __device__ __forceinline__ void barrier_wait(Barrier* barrier, unsigned parity) 
 #endif
 }
 
+// Stages and the parity of their barriers, in turn.
+template <int kCount>
+struct Turn {
+  int stage = 0;
+  unsigned parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++stage == kCount) stage = 0, parity ^= 1;
+  }
+};
+
 // __syncthreads among `threads` (whole warps) that share `id`, 1 to 15.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
 #if defined(PKT_EXT_EMULATED)
@@ -230,8 +241,9 @@ __device__ __forceinline__ void copy_box(void* to_shared, const TensorMap& map, 
 #endif
 }
 
-// ---- wgmma, both operands k rows by 64 or 192 columns of 16-bit values as copy_box leaves them: a
-// line of 128 bytes holds 64 columns of one row, boxes of 64 columns follow `box_bytes` apart.
+// ---- wgmma, both operands k rows by 64 or 192 columns of 16-bit values as copy_box leaves them.
+// With the columns contiguous, a line of 128 bytes holds 64 columns of one row, and boxes of 64
+// columns follow `box_bytes` apart; with the depth contiguous, a line holds 64 rows of one column.
 
 // Of 16 rows that start at `rows_at`, a multiple of 1024: eight lines are 1024 bytes apart from the
 // next eight (stride), 64 columns `box_bytes` from the next 64 (leading dimension).
@@ -239,6 +251,14 @@ __device__ __forceinline__ uint64_t columns_descriptor(const void* rows_at, int 
   constexpr uint64_t kSwizzle128 = 1, kEightLines = 1024;
   return uint64_t{(shared_address(rows_at) & 0x3ffff) >> 4} |
          static_cast<uint64_t>(box_bytes >> 4) << 16 | (kEightLines >> 4) << 32 | kSwizzle128 << 62;
+}
+
+// Of 16 rows from `first` on, a multiple of 16, of lines that start at a multiple of 1024 and hold
+// the rows' 64: eight lines (columns) are 1024 bytes apart from the next eight (stride).
+__device__ __forceinline__ uint64_t depth_descriptor(const void* lines_at, int first) {
+  constexpr uint64_t kSwizzle128 = 1, kEightLines = 1024, kUnused = 1;
+  return uint64_t{((shared_address(lines_at) + static_cast<uint32_t>(first) * 2) & 0x3ffff) >> 4} |
+         kUnused << 16 | (kEightLines >> 4) << 32 | kSwizzle128 << 62;
 }
 
 __device__ __forceinline__ void wgmma_fence() {
@@ -285,28 +305,31 @@ __device__ __forceinline__ void accumulator_fence(float (&sums)[kCount]) {
 #if defined(PKT_EXT_EMULATED)
 namespace twin {
 // Element [k][col] of the operand that a descriptor names: the canonical layout of a matrix whose
-// columns are contiguous ("MN-major"), with 128-byte swizzling.
-template <typename T>
+// columns are contiguous ("MN-major"), or whose depth is ("K-major"), with 128-byte swizzling.
+template <typename T, bool kDepthContiguous>
 float operand(uint64_t descriptor, int k, int col) {
   if (descriptor >> 62 != 1) throw std::runtime_error("wgmma: expected 128-byte swizzling");
   const auto start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
   const auto leading = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4;
   const auto stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
-  const uint32_t address = start + col / 64 * leading + k / 8 * stride + k % 8 * 128 + col % 64 * 2;
+  const uint32_t address =
+      kDepthContiguous ? start + col / 8 * stride + col % 8 * 128 + k * 2
+                       : start + col / 64 * leading + k / 8 * stride + k % 8 * 128 + col % 64 * 2;
   T value;
   std::memcpy(&value, static_cast<const char*>(emulation::shared_memory()) + swizzled_128(address),
               sizeof value);
   return to_float(value);
 }
 
-template <typename T>
+template <typename T, bool kDepthContiguous>
 void wgmma(float* sums, uint64_t a, uint64_t b, bool add, int thread) {
+  const auto at = operand<T, kDepthContiguous>;
   const int row = thread / 32 * 16 + thread % 32 / 4, first_col = thread % 4 * 2;
   for (int i = 0; i < 96 && !add; ++i) sums[i] = 0.0f;
   for (int k = 0; k < 16; ++k) {
-    const float rows[2] = {operand<T>(a, k, row), operand<T>(a, k, row + 8)};
+    const float rows[2] = {at(a, k, row), at(a, k, row + 8)};
     for (int i = 0; i < 96; i += i % 2 ? 3 : 1) {  // two columns of every eight
-      const float col = operand<T>(b, k, i / 4 * 8 + first_col + i % 2);
+      const float col = at(b, k, i / 4 * 8 + first_col + i % 2);
       sums[i] += rows[0] * col;
       sums[i + 2] += rows[1] * col;
     }
@@ -318,12 +341,13 @@ void wgmma(float* sums, uint64_t a, uint64_t b, bool add, int thread) {
 // sums (+)= A^T B, A 16 x 64 and B 16 x 192, by the 128 threads of a warpgroup; without `add` what
 // `sums` held does not count. With thread t of the warpgroup, g = t % 32 / 4:
 //   sums[i] is [16 (t / 32) + g + 8 (i / 2 % 2)][8 (i / 4) + 2 (t % 4) + i % 2].
-template <typename T>
+template <typename T, bool kDepthContiguous = false>
 __device__ __forceinline__ void wgmma_m64n192k16(float (&sums)[96], uint64_t a, uint64_t b,
                                                  bool add) {
 #if defined(PKT_EXT_EMULATED)
   const int thread = static_cast<int>(threadIdx.x % 128);
-  emulation::defer([&sums, a, b, add, thread] { twin::wgmma<T>(sums, a, b, add, thread); });
+  emulation::defer(
+      [&sums, a, b, add, thread] { twin::wgmma<T, kDepthContiguous>(sums, a, b, add, thread); });
 #elif defined(PKT_HOPPER)
 #define PKT_S8(n)                                                                            \
   "+f"(sums[n]), "+f"(sums[n + 1]), "+f"(sums[n + 2]), "+f"(sums[n + 3]), "+f"(sums[n + 4]), \
@@ -340,11 +364,11 @@ __device__ __forceinline__ void wgmma_m64n192k16(float (&sums)[96], uint64_t a, 
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "  \
       "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "  \
       "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, " \
-      "%96, %97, add, 1, 1, 1, 1;\n"                                                      \
+      "%96, %97, add, 1, 1, %99, %99;\n"                                                  \
       "}"                                                                                 \
       : PKT_S8(0), PKT_S8(8), PKT_S8(16), PKT_S8(24), PKT_S8(32), PKT_S8(40), PKT_S8(48), \
         PKT_S8(56), PKT_S8(64), PKT_S8(72), PKT_S8(80), PKT_S8(88)                        \
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)))
+      : "l"(a), "l"(b), "r"(static_cast<int>(add)), "n"(kDepthContiguous ? 0 : 1))
   if constexpr (std::is_same_v<T, half>) {
     PKT_WGMMA("f16");
   } else {
