@@ -13,6 +13,7 @@ import model_zoo
 import pytest
 
 from pkt_ext import artifact, cli
+from pkt_ext.errors import NonFiniteError
 from pkt_ext.methods import laten, locating
 from pkt_ext.methods.alignment import Alignment
 from pkt_ext.streaming.checkpoint import Checkpoint
@@ -163,6 +164,28 @@ def test_a_budget_may_change_on_the_way(place, tmp_path, monkeypatch):
     interrupted(place, tmp_path / "out", monkeypatch, 1, "--budget=2GiB")
     assert cli.run(arguments(place, tmp_path / "out", "--budget=3GiB")) == 0
     assert adapters(tmp_path / "out") == adapters(tmp_path / "whole")
+
+
+def test_a_float16_scale_that_an_overflow_lowered_stays_low(place, tmp_path, monkeypatch):
+    """A resumed run that tried the larger one again would flush other gradients to zero."""
+    monkeypatch.setattr("pkt_ext.streaming.passes._LARGEST", (4, -18))
+    scaled, half = Pass._backward_scaled, "--dtype=float16"
+
+    def overflow(self, index):
+        if index == 1 and self._target == 0:
+            raise NonFiniteError("an overflow", "0")
+        return scaled(self, index)
+
+    with monkeypatch.context() as patch:
+        assert cli.run(arguments(place, tmp_path / "calm", half)) == 0
+        patch.setattr(Pass, "_backward_scaled", overflow)
+        assert cli.run(arguments(place, tmp_path / "whole", half)) == 0
+        interrupted(place, tmp_path / "out", monkeypatch, 0, half)
+        assert cli.run(arguments(place, tmp_path / "out", half)) == 0
+    names = "calm", "whole", "out"
+    reports = (json.loads((tmp_path / name / "report.json").read_text()) for name in names)
+    calm, whole, out = (report["block_scores"] for report in reports)
+    assert whole[0] != calm[0] and out == whole
 
 
 def test_damaged_progress_is_done_again(place, tmp_path, monkeypatch, caplog):

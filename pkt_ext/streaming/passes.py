@@ -394,7 +394,13 @@ class Pass:
             with self.meter.stage("reduce"):
                 self.visitor.finished(index, self._blocks[index])
         self._largest = largest
-        self._finish(f"backward {index}", [_gradient(index)], boundary=index, largest=largest)
+        self._finish(
+            f"backward {index}",
+            [_gradient(index)],
+            boundary=index,
+            largest=largest,
+            target=self._target,
+        )
         # one boundary more than the next block needs: other processes may be one block behind
         self.store.drop(_gradient(index + 2))
         self.store.drop(_hidden(index + 1))
@@ -488,7 +494,7 @@ class Pass:
             tail = lines[last]
             self.readout.restore(self.progress.load(tail["saved"]["rows"]), tail["losses"])
             self.readout.scale = 2.0 ** tail["exponent"]
-            self._largest = lines[-1]["largest"]
+            self._largest, self._target = lines[-1]["largest"], lines[-1].get("target", 0)
             self._exponents[lines[-1]["boundary"]] = lines[-1]["exponent"]
         for number, step in enumerate(steps[:done]):
             direction, _, index = step.partition(" ")
