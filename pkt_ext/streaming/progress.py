@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,10 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as format_tensors
 
 from pkt_ext.errors import InputError
+
+_OURS = re.compile(  # all that a run ever has in its folder
+    r"state\.json|journal\.jsonl|(rank|pkt_ext)-.*|.*\.(tmp|safetensors|activations)"
+)
 
 
 class Progress:
@@ -34,7 +39,8 @@ class Progress:
         state:  what the run belongs to, JSON values only.
         resume: go on from what is there; else it is deleted.
     Raises:
-        InputError: the folder holds the progress of another run; says what differs.
+        InputError: the folder holds the progress of another run, and says what differs; or it is
+            no progress at all, and stays as it is.
     """
 
     def __init__(self, folder: str | os.PathLike, state: dict, *, resume: bool = True):
@@ -45,6 +51,7 @@ class Progress:
             self._check()
             self._read()
         else:
+            self._refuse_foreign()
             self.restart()
 
     @property
@@ -119,6 +126,18 @@ class Progress:
             if path.name != "state.json":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         shutil.rmtree(self.folder)
+
+    def _refuse_foreign(self) -> None:
+        """A folder or file of this name that no run has made is not to be deleted."""
+        if not self.folder.exists():
+            return
+        if self.folder.is_dir():
+            if all(map(_OURS.fullmatch, (path.name for path in self.folder.iterdir()))):
+                return
+        raise InputError(
+            f"{self.folder} is not the progress of a run, whose place it takes; move it away, or "
+            "choose another --out"
+        )
 
     def _check(self) -> None:
         path = self.folder / "state.json"

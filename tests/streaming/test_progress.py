@@ -95,3 +95,25 @@ def test_what_a_kill_during_the_removal_leaves_is_known(place):
     filled(place)
     (place / "journal.jsonl").unlink()
     assert not Progress(place, STATE).found
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_no_run_has_made_is_left_alone(place, resume):
+    place.mkdir()
+    (place / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="not the progress of a run"):
+        Progress(place, STATE, resume=resume)
+    assert (place / "notes.txt").read_text() == "mine"
+    (place / "notes.txt").unlink()
+    for name in ("state.tmp", "journal.jsonl"):  # but what a kill leaves without its state goes
+        (place / name).write_text("{")
+    (place / "rank-1").mkdir()
+    assert not Progress(place, STATE, resume=resume).found
+    assert [path.name for path in place.iterdir()] == ["state.json"]
+
+
+def test_a_file_in_its_place_is_refused(place):
+    place.write_text("mine")
+    with pytest.raises(InputError, match="not the progress of a run"):
+        Progress(place, STATE)
+    assert place.read_text() == "mine"
