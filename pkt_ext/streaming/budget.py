@@ -55,6 +55,10 @@ class Allotment:
 
 _SHARE = {"cpu": 0.8, "cuda": 0.9}  # of the free memory, where no budget is given
 _FILLED = {"cpu": 1.0, "cuda": 0.95}  # of a budget: CUDA's allocator has gaps (not measured yet)
+_CGROUPS = (  # a container's folder, the files that name its limit and what it uses; v2, v1
+    ("/sys/fs/cgroup", "memory.max", "memory.current"),
+    ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 _STEP = 4 * 2**20  # bytes to which the share of activations is found
 
 
@@ -170,16 +174,24 @@ def _free_host_bytes() -> int:
     except OSError:  # no Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    for folder, most, used in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
+    for folder, most, used in _CGROUPS:
         try:
             limit = int(Path(folder, most).read_text())  # "max": no limit
-            free = min(free, limit - int(Path(folder, used).read_text()))
+            taken = int(Path(folder, used).read_text()) - _page_cache(Path(folder, "memory.stat"))
+            free = min(free, limit - taken)
         except (OSError, ValueError):
             continue
     return max(0, free) // launched_as().local_size
+
+
+def _page_cache(stat: Path) -> int:
+    """Bytes of files that count as used in a container, and give way like free memory.
+
+    After one pass over a checkpoint that may be nearly all of what the container is allowed.
+    """
+    found = dict(line.split() for line in stat.read_text().splitlines())
+    names = ("inactive_file", "active_file")  # "total_": of a version 1 group and those inside
+    return sum(int(found.get(f"total_{name}", found.get(name, 0))) for name in names)
 
 
 def _host_bytes() -> int:

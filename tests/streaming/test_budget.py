@@ -12,9 +12,16 @@ import torch
 
 from pkt_ext.attribution.sensitivity import stream_sensitivity
 from pkt_ext.errors import InputError
+from pkt_ext.streaming import budget as budget_module
 from pkt_ext.streaming import needs as needs_module
 from pkt_ext.streaming.blocks import StreamedModel
-from pkt_ext.streaming.budget import Allotment, fit, format_bytes, parse_bytes
+from pkt_ext.streaming.budget import (
+    Allotment,
+    available_bytes,
+    fit,
+    format_bytes,
+    parse_bytes,
+)
 from pkt_ext.streaming.checkpoint import Checkpoint
 from pkt_ext.streaming.needs import CONTEXT, LIBRARY, Needs
 
@@ -151,6 +158,29 @@ def test_a_device_that_is_not_here():
     tight = fit(stream, samples, roomy.least, micro_batch=2, device=there)
     assert tight.allotment.activation_bytes == 0 < tight.allotment.host_bytes
     assert tight.spilled > 0
+
+
+@pytest.mark.parametrize(
+    ("names", "prefix"),
+    [(("memory.max", "memory.current"), ""), (("limit_in_bytes", "usage_in_bytes"), "total_")],
+)
+def test_the_files_that_a_container_has_cached_are_free_memory(
+    names, prefix, tmp_path, monkeypatch
+):
+    """A pass over a large checkpoint leaves the container full of them."""
+    monkeypatch.setattr(budget_module, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(budget_module, "_CGROUPS", [(tmp_path / "none", *names)])
+    cpu = torch.device("cpu")
+    assert available_bytes(cpu) > 64 * MIB
+    monkeypatch.setattr(budget_module, "_CGROUPS", [(tmp_path, *names)])
+    for name, size in zip(names, (64 * MIB, 60 * MIB), strict=True):
+        (tmp_path / name).write_text(f"{size}\n")
+    statistics = {"anon": 10, "inactive_file": 30, "active_file": 20}
+    lines = [f"{prefix}{name} {size * MIB}\n" for name, size in statistics.items()]
+    (tmp_path / "memory.stat").write_text("".join(lines))
+    assert available_bytes(cpu) == int(54 * MIB * 0.8)
+    (tmp_path / names[0]).write_text("max\n")
+    assert available_bytes(cpu) > 64 * MIB
 
 
 def test_a_library_that_is_still_to_be_imported_counts(monkeypatch):
