@@ -119,6 +119,36 @@ MicroBatch = Annotated[
 ]
 Svd = Annotated[str | None, _option("--svd", default="converged", help="converged, fast or exact.")]
 
+# of LaTen
+Rate = Annotated[
+    float | None,
+    _option("--rate", "--transfer_rate", default=0.1, help="Share of a block's neurons."),
+]
+Modules = Annotated[str | None, _option("--modules", default="up,down,v,o", help="What moves.")]
+Blocks = Annotated[
+    int | None, _option("--blocks", help="Kept in both models [default: the smaller one's].")
+]
+Mode = Annotated[
+    str | None, _option("--mode", default="top", help="Of scoring: top, all or first-order.")
+]
+Compat = Annotated[
+    str | None, _option("--compat", help="published: the released scripts' ranking.")
+]
+Steps = Annotated[
+    int | None, _option("--steps", help="Optimiser steps [default: one for each located row].")
+]
+Rows = Annotated[
+    int | None, _option("--rows", default=16, help="Rows of a step, the located one included.")
+]
+KeepCheckpoints = Annotated[
+    bool | None,
+    _option(
+        "--keep-checkpoints/--no-keep-checkpoints",
+        default=False,
+        help="Leave every step's hypernetwork in the output.",
+    ),
+]
+
 # of a training
 Batch = Annotated[
     int | None, _option("--batch", "--batch_size", default=64, help="Rows a step averages.")
@@ -152,7 +182,9 @@ def _settings(ctx: typer.Context) -> dict:
 @app.command("plan")
 def plan_command(
     ctx: typer.Context,
-    method: Annotated[str | None, _option("--method", default="seeking", help="seeking.")] = None,
+    method: Annotated[
+        str | None, _option("--method", default="seeking", help="seeking or laten.")
+    ] = None,
     teacher: Teacher = None,
     student: Student = None,
     samples: Annotated[
@@ -177,6 +209,14 @@ def plan_command(
     micro_batch: MicroBatch = None,
     budget: Budget = None,
     svd: Svd = None,
+    rate: Rate = None,
+    modules: Modules = None,
+    blocks: Blocks = None,
+    mode: Mode = None,
+    compat: Compat = None,
+    steps: Steps = None,
+    rows: Rows = None,
+    keep_checkpoints: KeepCheckpoints = None,
     batch: Batch = None,
     train_dtype: Annotated[
         str | None, _option("--train-dtype", help="As pkt finetune --dtype.")
@@ -254,31 +294,16 @@ def laten_command(
         str | None, _option("--holdout", help="JSON lines: rows to choose the step by.")
     ] = None,
     out: Out = None,
-    rate: Annotated[
-        float | None,
-        _option("--rate", "--transfer_rate", default=0.1, help="Share of a block's neurons."),
-    ] = None,
-    modules: Annotated[
-        str | None, _option("--modules", default="up,down,v,o", help="What moves.")
-    ] = None,
-    blocks: Annotated[
-        int | None, _option("--blocks", help="Kept in both models [default: the smaller one's].")
-    ] = None,
-    mode: Annotated[
-        str | None, _option("--mode", default="top", help="Of scoring: top, all or first-order.")
-    ] = None,
-    compat: Annotated[
-        str | None, _option("--compat", help="published: the released scripts' ranking.")
-    ] = None,
+    rate: Rate = None,
+    modules: Modules = None,
+    blocks: Blocks = None,
+    mode: Mode = None,
+    compat: Compat = None,
     neurons: Annotated[
         str | None, _option("--neurons", default="located", help="located, or random: a baseline.")
     ] = None,
-    steps: Annotated[
-        int | None, _option("--steps", help="Optimiser steps [default: one for each located row].")
-    ] = None,
-    rows: Annotated[
-        int | None, _option("--rows", default=16, help="Rows of a step, the located one included.")
-    ] = None,
+    steps: Steps = None,
+    rows: Rows = None,
     learning_rate: Annotated[
         float | None, _option("--learning-rate", "--lr", default=3e-5, help="The highest.")
     ] = None,
@@ -312,14 +337,7 @@ def laten_command(
             "--inject-step", help="Step to inject [default: the best held out, else the last]."
         ),
     ] = None,
-    keep_checkpoints: Annotated[
-        bool | None,
-        _option(
-            "--keep-checkpoints/--no-keep-checkpoints",
-            default=False,
-            help="Leave every step's hypernetwork in the output.",
-        ),
-    ] = None,
+    keep_checkpoints: KeepCheckpoints = None,
     max_length: Annotated[
         int | None,
         _option("--max-length", "--cutoff_len", default=1024, help="Tokens of a row."),

@@ -13,6 +13,7 @@ from pkt_ext.errors import InputError
 from pkt_ext.settings import (
     DTYPES,
     build_config,
+    field_names,
     refuse_processes,
     take,
     take_flag,
@@ -106,18 +107,23 @@ def plan(settings: dict) -> None:
     if not isinstance(samples, int) or isinstance(samples, bool):
         raise InputError(f"samples is {samples!r}; expected a whole number")
     from pkt_ext.finetune import FinetuneConfig
-    from pkt_ext.methods.seeking import SeekingConfig
+    from pkt_ext.plan import config_of, text
     from pkt_ext.plan import plan as make_plan
-    from pkt_ext.plan import text
 
-    names = {"batch": "batch", "load_in_4bit": "load_in_4bit", "train_dtype": "dtype"}
-    names["gradient_checkpointing"] = "gradient_checkpointing"
-    training = {names[key]: settings.pop(key) for key in list(settings) if key in names}
+    training = None
+    if method == "seeking":
+        names = {"batch": "batch", "load_in_4bit": "load_in_4bit", "train_dtype": "dtype"}
+        names["gradient_checkpointing"] = "gradient_checkpointing"
+        given = {names[key]: settings.pop(key) for key in list(settings) if key in names}
+        training = build_config(FinetuneConfig, given)
+    if foreign := settings.keys() - field_names(config_of(method)):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(foreign))
+        raise InputError(f"{flags}: no option of pkt plan --method {method}; leave it out")
     found = make_plan(
         teacher,
         student,
-        build_config(SeekingConfig, settings),
-        build_config(FinetuneConfig, training),
+        build_config(config_of(method), settings),
+        training,
         method=method,
         samples=samples,
         data=data,

@@ -15,12 +15,14 @@ import torch
 import typer
 from fake_hub import RANGE
 
-from pkt_ext import cli, training_needs
-from pkt_ext import plan as module
+from pkt_ext import artifact, cli, training_needs
 from pkt_ext.errors import InputError
 from pkt_ext.finetune import FinetuneConfig, finetune
+from pkt_ext.methods import alignment_needs
+from pkt_ext.methods.laten import LatenConfig, align
 from pkt_ext.methods.seeking import SeekingConfig, extract
 from pkt_ext.plan import plan, text
+from pkt_ext.plan.common import duration, figure
 from pkt_ext.probe import _pace, probe
 from pkt_ext.streaming import checkpoint as checkpoint_module
 from pkt_ext.streaming import needs
@@ -44,7 +46,7 @@ def pair(tmp_path_factory):
 @pytest.fixture
 def still(monkeypatch):
     """The process stays as large as it is, whatever is imported."""
-    for where in (needs, training_needs):
+    for where in (needs, training_needs, alignment_needs):
         monkeypatch.setattr(where, "resident_bytes", lambda: 300 * MIB)
     monkeypatch.setattr(training_needs, "TRAINER", 0)
 
@@ -65,14 +67,18 @@ def argv(pair, *more):
     return ["plan", *models, "--device=cpu", "--rank=4", "--max-length=32", *more]
 
 
-def test_options_are_those_of_seeking_and_finetune():
+def test_options_are_those_of_the_verbs():
     commands = typer.main.get_command(cli.app).commands
     own = {p.name: p for p in commands["plan"].params}
     extra = {"method", "teacher", "student", "samples", "data", "train_dtype", "probe", "json"}
-    extraction = {f.name for f in fields(SeekingConfig)}
+    extraction, laten = ({f.name for f in fields(c)} for c in (SeekingConfig, LatenConfig))
     training = {"batch", "load_in_4bit", "gradient_checkpointing"}
-    assert own.keys() - extra - {"config"} <= extraction | training
-    for verb, names in (("seeking", extraction), ("finetune", training)):
+    assert own.keys() - extra - {"config"} <= extraction | training | laten
+    for verb, names in (
+        ("seeking", extraction),
+        ("finetune", training),
+        ("laten", laten - {"max_length", "dtype"}),  # which have other defaults
+    ):
         for parameter in commands[verb].params:
             if parameter.name in own.keys() & names - {"device"}:
                 assert own[parameter.name].opts == parameter.opts
@@ -135,7 +141,8 @@ def test_options_can_stand_in_a_file(pair, tmp_path, capsys):
 @pytest.mark.parametrize(
     "more, says",
     [
-        (["--method=laten"], "method is 'laten'; known is seeking"),
+        (["--method=tea"], "method is 'tea'; known is seeking, laten"),
+        (["--rate=0.1", "--steps=3"], "--rate, --steps: no option of pkt plan --method seeking"),
         (["--student="], "--student is missing"),
         (["--samples=0"], "samples is 0; give at least 1"),
         (["--budget=1MiB"], r"1 MiB of memory is too little: the smallest --budget that works is"),
@@ -258,7 +265,7 @@ def test_mapped_blocks_are_read_again_where_the_cache_is_small(pair, monkeypatch
 
     once, nothing = reads()
     assert once > 0 == nothing
-    monkeypatch.setattr(module, "available_bytes", lambda device: once - 1)
+    monkeypatch.setattr("pkt_ext.plan.seeking.available_bytes", lambda device: once - 1)
     assert reads() == [once, once]
 
 
@@ -351,7 +358,7 @@ def test_times_add_up(pair):
      (200_000, "2.3 d")],
 )  # fmt: skip
 def test_durations(seconds, shown):
-    assert module._duration(seconds) == shown
+    assert duration(seconds) == shown
 
 
 @pytest.mark.parametrize(
@@ -360,7 +367,120 @@ def test_durations(seconds, shown):
      (123e15, "123 P"), (5e18, "5000 P")],
 )  # fmt: skip
 def test_counts(value, shown):
-    assert module._count(value) == shown
+    assert figure(value) == shown
+
+
+# --- LaTen ----------------------------------------------------------------------------------------
+
+LATEN = LatenConfig(rate=0.25, rows=3, max_length=32, device="cpu", prompt_format="plain")
+
+
+def laten_argv(pair, *more):
+    models = [f"--{who}={pair / who}" for who in ("teacher", "student")]
+    return ["plan", "--method=laten", *models, "--device=cpu", "--max-length=32", *more]
+
+
+def test_the_table_of_laten(pair, no_weights, capsys):
+    more = ["--budget=8GiB", "--samples=5", "--rate=0.25", "--rows=3", "--keep-checkpoints"]
+    assert cli.run(laten_argv(pair, *more)) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0] == (
+        "laten, 5 rows to locate by, 3 a step, of up to 32 tokens, 8.0 GiB of memory (cpu)"
+    )
+    assert max(len(line) for line in lines[3:]) <= 106
+    for words in (
+        r"pkt laten: \d+ MiB at most; the smallest --budget that works is \d+ MiB",
+        r"8 attention and 12 FFN neurons in each of 2 blocks",
+        r"teacher: 4 rows at a time; the blocks are mapped from the files, which is page cache, ",
+        r"locate \(teacher\) +\d+ MiB +\d+ MiB .* locate \(student\) .* align +\d+ MiB .* write ",
+        r"times are not estimated",
+        r"disk: delta 1 MiB, hypernetwork 1 MiB, every step's 1 MiB, with 1 MiB beside it until",
+    ):
+        assert re.search(words, " ".join(out.split())), words
+
+
+def test_the_document_of_laten(pair, no_weights, capsys):
+    more = ["--budget=8GiB", "--samples=5", "--rate=0.25", "--rows=3", "--json"]
+    assert cli.run(laten_argv(pair, *more)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["format"], found["method"], found["budget"]) == (1, "laten", 2**33)
+    assert (found["samples"], found["rows"], found["longest"]) == (5, 3, 32)
+    stages = found["stages"]
+    assert list(stages) == ["locate (teacher)", "locate (student)", "align", "write"]
+    assert found["predicted_bytes"] == max(stage["bytes"] for stage in stages.values())
+    for stage in stages.values():
+        assert stage["bytes"] == sum(stage["parts"].values())
+        assert stage["bytes"] == max(phase["bytes"] for phase in stage["phases"].values())
+    for name in ("read_bytes", "flops"):
+        assert found[name] == sum(stage[name] for stage in stages.values()) > 0
+    d_t, d_s = model_zoo.TEACHER["hidden"], model_zoo.STUDENT["hidden"]
+    # four types of two blocks: what each neuron takes forward, and back by three products
+    neurons = 5 * 2 * 2 * (8 + 12)
+    alone = alignment_flops(pair, replace(LATEN, rows=1)) - alignment_flops(pair, LATEN) / 3
+    assert alone * 3 / 2 == neurons * (6 * d_t * d_s + 4 * d_t**2)
+
+
+def alignment_flops(pair, config) -> int:
+    found = plan(pair / "teacher", pair / "student", config, method="laten", samples=5)
+    return found["stages"]["align"]["flops"]
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--rank=4", "--batch=2"], "--batch, --rank: no option of pkt plan --method laten"),
+        (["--data=rows.jsonl"], "--method laten takes --samples"),
+        (["--rate=0"], "rate is 0"),
+        (["--steps=9", "--samples=8"], "9 steps need as many rows to locate by"),
+        (["--blocks=3"], "blocks is 3; one of the models has 2"),
+        (["--budget=1MiB"], r"1 MiB of memory is too little: the smallest .* works is \d+ MiB"),
+    ],
+)
+def test_refusals_of_laten(pair, capsys, more, says):
+    assert cli.run(laten_argv(pair, *more)) == 2
+    out, err = capsys.readouterr()
+    assert not out and re.search(says, err) and err.count("\n") == 1
+
+
+def test_laten_on_a_device_that_is_not_here(pair, no_weights):
+    config = replace(LATEN, device="cuda", budget="8GiB")
+    found = plan(pair / "teacher", pair / "student", config, method="laten", samples=2)
+    stages = found["stages"]
+    assert all(stage["parts"]["process"] == CONTEXT for stage in stages.values())
+    student = model_zoo.pair("llama_gqa")[1]
+    assert stages["align"]["parts"]["weights"] == 4 * sum(p.numel() for p in student.parameters())
+    assert "save" not in stages["align"]["phases"]
+    assert stages["locate (teacher)"]["phases"]["forward"]["parts"]["weights"] > 0
+
+
+def test_a_laten_run_takes_what_was_planned(pair, still, tmp_path, monkeypatch):
+    """A budget that is too small is refused before a pass; the smallest one named does."""
+
+    def run(budget):
+        return align(
+            pair / "teacher", pair / "student", ROWS[:3], ROWS, tmp_path / "out",
+            replace(LATEN, budget=budget), progress=False,
+        )  # fmt: skip
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pkt_ext.methods.laten.locate_in", None)
+        with pytest.raises(InputError, match=r"too little: .* works is \d+ MiB \(to align: ") as no:
+            run("100MiB")
+        assert not list(tmp_path.iterdir())
+    least = re.search(r"works is (\d+) MiB", str(no.value))[1]
+    report = run(f"{least}MiB")
+    planned = plan(
+        pair / "teacher", pair / "student", replace(LATEN, budget="8GiB", steps=3), method="laten",
+        samples=3,
+    )  # fmt: skip
+    assert report["align_predicted_bytes"] <= parse_bytes(f"{least}MiB")
+    assert report["align_predicted_bytes"] <= planned["stages"]["align"]["bytes"]
+    for name in ("delta", "hypernetwork"):
+        written = (tmp_path / "out" / f"{name}.safetensors").stat().st_size
+        assert 0 < planned["disk"][name] <= written + 4096
+        assert written < 1.5 * planned["disk"][name]
+    artifact.read(tmp_path / "out", kind="delta")
 
 
 # --- predicted against measured -------------------------------------------------------------------
@@ -430,3 +550,18 @@ def test_a_training_within_15_percent(tmp_path):
     report = json.loads((out / "report.json").read_text())
     assert report["peak_bytes"] > 600 * MIB
     assert report["predicted_bytes"] == pytest.approx(report["peak_bytes"], rel=0.15)
+
+
+def test_an_alignment_within_15_percent(start, tmp_path):
+    """Student weights converted and held, a hypernetwork with its moments, logits of 32k tokens."""
+    sizes = dict(ffn=2048, vocab=32000)
+    models = make_pair(
+        tmp_path, "llama_gqa", "bfloat16", dict(hidden=1024) | sizes, dict(hidden=768) | sizes
+    )
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    start(["laten", *models, f"--locate={rows}", f"--align={rows}", f"--out={out}", "--steps=2",
+           "--rows=2", "--device=cpu", "--dtype=float32", "--mode=first-order", "-q",
+           "--prompt-format=plain", "--budget=16GiB"])  # fmt: skip
+    report = json.loads((out / "report.json").read_text())
+    assert report["align_peak_bytes"] > 600 * MIB
+    assert report["align_predicted_bytes"] == pytest.approx(report["align_peak_bytes"], rel=0.15)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pkt_ext.heap import give_back_freed_memory
 from pkt_ext.methods.alignment import losses_at, recomputed
-from pkt_ext.methods.laten_inputs import Job
+from pkt_ext.methods.laten_inputs import Job, located_bytes
 from pkt_ext.methods.matching import KIND
 from pkt_ext.models.anatomy import describe
 from pkt_ext.models.injection import ROW_ROLES, Change, added
@@ -22,8 +22,6 @@ from pkt_ext.streaming.footprint import Tracker, count_flops
 from pkt_ext.streaming.meter import resident_bytes
 from pkt_ext.streaming.needs import CONTEXT, SLACK
 from pkt_ext.training_needs import fake_device, fill_with_fakes, on_meta, weight_bytes
-
-_LOCATED = 12  # bytes of a located neuron: number and score
 
 
 class AlignmentNeeds:
@@ -90,7 +88,7 @@ class AlignmentNeeds:
         largest = max(theirs[name] + ours[name] for name in types)
         matrix = 4 * d_t * max(d_t, d_s)
         always = {
-            "process": self.process + (self._located() if on_cpu else 0),
+            "process": self.process + (located_bytes(self.job) if on_cpu else 0),
             "weights": self._weights(),
         }
         found = {
@@ -116,17 +114,14 @@ class AlignmentNeeds:
         }
         if on_cpu:  # the moments, as bytes of a file
             found["save"] = {"hypernetwork": 4 * network, "working memory": 2 * network}
+        copies = changes if on_cpu else 0
+        found["write"] = {"hypernetwork": 4 * network, "neurons": changes + copies}
         return {phase: always | parts for phase, parts in found.items()}
 
     def _rows(self, name: str) -> int:
         """Rows or columns of a block that neurons of this type change, at most."""
         count = self.job.counts[KIND[name]]
         return min(count, self.ours.kv_heads * self.ours.head_dim) if name == "v" else count
-
-    def _located(self) -> int:
-        """Of every row and both models."""
-        rows, counts = len(self.job.targets[0]), sum(self.job.counts.values())
-        return 2 * rows * self.job.blocks * counts * _LOCATED
 
     def _weights(self) -> int:
         checkpoint = self.student.checkpoint

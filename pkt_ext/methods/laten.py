@@ -259,8 +259,7 @@ def _transfer(job: Job, student, config, clock, kept, staging, report: dict, sho
         )
 
     theirs, ours = job.anatomies
-    if job.streams[1].device.type == "cpu":
-        give_back_freed_memory()  # of the passes, in pieces
+    _tidy(job)
     network = Hypernetwork(
         theirs.hidden_size, ours.hidden_size, types=config.types, seed=config.seed
     )
@@ -302,6 +301,12 @@ def _in_memory(student, job: Job, config: LatenConfig) -> Iterator:
         student.to(place)
 
 
+def _tidy(job: Job) -> None:
+    """Small tensors leave pieces of free memory behind, tens of MiB of them."""
+    if job.streams[1].device.type == "cpu":
+        give_back_freed_memory()
+
+
 def _train(
     training: Alignment,
     job: Job,
@@ -338,6 +343,7 @@ def _train(
                 break
             rows = draw_rows(job.located[number], job.align, number, config.rows)
             step = training.step(match(number), rows)
+            _tidy(job)
             steps.append(step)
             training.save(kept, step)
             text = f"loss {step.edited:.4f}, un-edited {step.unedited:.4f}"

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from pkt_ext.errors import InputError
 from pkt_ext.methods.alignment_needs import AlignmentNeeds
 from pkt_ext.methods.laten_inputs import Job
@@ -22,14 +24,21 @@ def alignment_bytes(job: Job, config) -> int | None:
     if config.budget is None:
         return None
     needs = AlignmentNeeds(job, config)
+    refuse_what_is_too_little(parse_bytes(config.budget), least_bytes(job, config, needs), needs)
+    return needs.peak
+
+
+def least_bytes(
+    job: Job, config, needs: AlignmentNeeds, device: torch.device | None = None
+) -> dict[str, int]:
+    """Stage -> bytes that it takes at least; `device` where that is not the job's."""
     stages = {"align": needs.peak}
     for which, who in enumerate(("teacher", "student")):
         found = share_out(
-            job.streams[which], job.targets[which], job.counts, _PLENTY, config.micro_batch
+            job.streams[which], job.targets[which], job.counts, _PLENTY, config.micro_batch, device
         )
         stages[f"locate in the {who}"] = found.least
-    refuse_what_is_too_little(parse_bytes(config.budget), stages, needs)
-    return needs.peak
+    return stages
 
 
 def refuse_what_is_too_little(limit: int, stages: dict[str, int], needs: AlignmentNeeds) -> None:

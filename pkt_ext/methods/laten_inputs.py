@@ -175,19 +175,36 @@ def _first_with_targets(rows, tokenizers, lengths: list[dict]) -> list[Sample]:
     raise InputError("no row to align by has a target in both models; give rows with answers")
 
 
+def located_bytes(job: Job) -> int:
+    """Of the neurons of every row in both models: numbers and scores."""
+    neurons = len(job.targets[0]) * job.blocks * sum(job.counts.values())
+    return 2 * neurons * (8 + 4)
+
+
+def disk_bytes(job: Job, config) -> dict[str, int]:
+    """What a run writes: the parts of its output, and the progress beside that."""
+    theirs, ours = (anatomy.hidden_size for anatomy in job.anatomies)
+    network = 4 * len(config.types) * theirs * (theirs + ours)
+    steps = len(job.located)
+    return {
+        "delta": sum(4 * job.blocks * job.counts[KIND[name]] * (ours + 2) for name in config.types),
+        "hypernetwork": network,
+        "checkpoints": network * steps * config.keep_checkpoints,
+        # a checkpoint of every step; the optimiser's state is twice as large, kept twice
+        "progress": network * (steps + 2 * 2) + located_bytes(job),
+    }
+
+
 def planned_bytes(job: Job, config, place: Path) -> int:
-    """What is still to be written, beside the output too: a checkpoint of every step is kept.
+    """What is still to be written, beside the output too.
 
     Args:
         place: the folder of the progress, whose files count as written.
     """
-    theirs, ours = (anatomy.hidden_size for anatomy in job.anatomies)
-    network = 4 * len(config.types) * theirs * (theirs + ours)
-    delta = sum(4 * job.blocks * job.counts[KIND[name]] * (ours + 2) for name in config.types)
-    steps = len(job.located)
-    progress = network * (steps + 2 * 2)  # the optimiser's state is twice as large, kept twice
+    planned = disk_bytes(job, config)
+    progress = planned.pop("progress")
     there = sum(file.stat().st_size for file in place.glob("*.safetensors"))
-    return delta + network * (1 + steps * config.keep_checkpoints) + max(0, progress - there)
+    return sum(planned.values()) + max(0, progress - there)
 
 
 def run_record(job: Job, locate, align, holdout, config) -> dict:

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a transfer will take, before it runs: memory, traffic, operations and time, by phase.
+"""What a Seeking transfer will take: the extraction and the training after it.
 
-Configuration and safetensors headers are enough. The predictions are those by which the runs
-themselves share out their memory; times are estimates from one block at work (see `probe`).
+Times are estimates from one block at work (see `probe`).
 """
 
 from __future__ import annotations
 
 import logging
-import textwrap
 from contextlib import suppress
 from dataclasses import asdict, replace
 
@@ -25,9 +23,19 @@ from pkt_ext.methods.seeking_inputs import (
     share_out,
     shared_tokens,
 )
+from pkt_ext.plan.common import (
+    FORMAT,
+    WIDTH,
+    describe,
+    devices,
+    duration,
+    figure,
+    in_rows,
+    model_line,
+    worst_rows,
+    wrapped,
+)
 from pkt_ext.probe import Rates, probe
-from pkt_ext.settings import find_device, refuse_processes
-from pkt_ext.streaming.batches import Sample
 from pkt_ext.streaming.blocks import StreamedModel
 from pkt_ext.streaming.budget import available_bytes, format_bytes, parse_bytes, smallest_that_works
 from pkt_ext.streaming.checkpoint import Checkpoint
@@ -36,49 +44,25 @@ from pkt_ext.training_needs import TrainingNeeds, needs_of
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the document
-METHODS = ("seeking",)
-
 
 def plan(
     teacher,
     student,
-    config: SeekingConfig | None = None,
-    training: FinetuneConfig | None = None,
+    config: SeekingConfig,
+    training: FinetuneConfig,
     *,
-    method: str = "seeking",
-    samples: int = 32,
-    data=None,
-    timed: bool = True,
+    samples: int,
+    data,
+    timed: bool,
 ) -> dict:
-    """What extraction and training will take; of a Hub id only headers are fetched.
-
-    Args:
-        teacher, student: folders, hub ids or loaded models.
-        config:   of the extraction; its budget and device are those of the training too. A device
-                  that is not here needs a budget.
-        training: of the training; what `config` has too is taken from there, except for dtype.
-        samples:  rows of `config.max_length` tokens, each of which is predicted: the worst case.
-        data:     plan for these rows instead (needs the teacher's tokenizer).
-        timed:    run one block for a moment, for the times; without it nothing but headers is read.
-    Returns:
-        The document that `pkt plan --json` prints; `text` makes a table of it.
-    Raises:
-        InputError: models that do not go together; a budget too small for the extraction.
-    """
-    refuse_processes("pkt plan", "start it without a launcher")
-    if method not in METHODS:
-        raise InputError(f"method is {method!r}; known is {', '.join(METHODS)}")
-    if samples < 1:
-        raise InputError(f"samples is {samples}; give at least 1")
-    config, training = config or SeekingConfig(), training or FinetuneConfig()
-    here, target = _devices(config)
+    """See `pkt_ext.plan.plan`."""
+    here, target = devices(config)
     teacher = Checkpoint.open(teacher, revision=config.teacher_revision, headers_only=True)
     student = Checkpoint.open(student, revision=config.student_revision, headers_only=True)
     model, parts = pair(teacher, student, config, here)
     speaks, rows = None, None
     if data is None:
-        rows = _worst_rows(samples, longest_row(model, config), model.anatomy.vocab_size)
+        rows = worst_rows(samples, longest_row(model, config), model.anatomy.vocab_size)
     else:
         speaks = teacher.tokenizer(), student.tokenizer()
         rows = encode_rows(data, speaks[0], model, config).samples
@@ -103,9 +87,9 @@ def plan(
     limit = parse_bytes(config.budget) if config.budget else available_bytes(target)
     found = {
         "format": FORMAT,
-        "method": method,
-        "teacher": _describe(model),
-        "student": _describe(StreamedModel(student, dtype=student.dtype)),
+        "method": "seeking",
+        "teacher": describe(model),
+        "student": describe(StreamedModel(student, dtype=student.dtype)),
         "device": str(target),
         "budget": limit,
         "samples": len(rows),
@@ -118,28 +102,6 @@ def plan(
     if timed and found["finetune"]["fits"]:
         _time_training(found["finetune"], student, needs, training, here)
     return found
-
-
-def _devices(config: SeekingConfig) -> tuple[torch.device, torch.device]:
-    """(where the models are looked at, what is planned for)."""
-    try:
-        device = find_device(config.device)
-        return device, device
-    except InputError:
-        if not config.device.startswith("cuda"):
-            raise
-    if config.budget is None:
-        raise InputError(
-            f"there is no device {config.device!r} here whose memory could be looked up; say how "
-            "much it has: --budget 8GiB"
-        )
-    return torch.device("cpu"), torch.device("cuda")
-
-
-def _worst_rows(count: int, length: int, vocabulary: int) -> list[Sample]:
-    """Rows of which every token is predicted and, as far as there are enough, no two are equal."""
-    tokens = (torch.arange(count * length) % vocabulary).view(count, length)
-    return [Sample(str(number), ids, ids) for number, ids in enumerate(tokens)]
 
 
 def _training_needs(
@@ -158,22 +120,6 @@ def _training_needs(
         frozen=True,
         dropout=config.dropout,
     )
-
-
-def _describe(model: StreamedModel) -> dict:
-    checkpoint = model.checkpoint
-    names = [*model.outer_names, *(n for names in model.block_names for n in names)]
-    quantised = checkpoint.quantisation
-    return {
-        "name": checkpoint.name,
-        "type": checkpoint.config.model_type,
-        "blocks": len(model.block_names),
-        "parameters": sum(torch.Size(checkpoint.shape(name)).numel() for name in names),
-        "stored_bytes": checkpoint.bytes_of(names),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "quantisation": asdict(quantised) if quantised else None,
-        "to_download": checkpoint.to_download,
-    }
 
 
 def _disk(
@@ -297,7 +243,6 @@ def _time_training(
 
 # --- text -----------------------------------------------------------------------------------------
 
-_WIDTH = 12
 _COLUMNS = {  # of the table of phases: heading -> ingredients
     "process": ("process",),
     "weights": ("weights",),
@@ -308,32 +253,32 @@ _COLUMNS = {  # of the table of phases: heading -> ingredients
 
 
 def text(document: dict) -> str:
-    """The document as a table."""
+    """The document of a plan as a table."""
     extract, limit = document["extract"], format_bytes(document["budget"])
     lines = [
-        f"{document['method']}, {_rows(document['samples'])} of up to {document['longest']} "
+        f"{document['method']}, {in_rows(document['samples'])} of up to {document['longest']} "
         f"tokens, {limit} of memory ({document['device']})",
-        *(_model_line(who, document[who]) for who in ("teacher", "student")),
+        *(model_line(who, document[who]) for who in ("teacher", "student")),
         "",
         f"extract (pkt seeking): {format_bytes(extract['predicted_bytes'])} at most; the smallest "
         f"--budget that works is {format_bytes(extract['smallest_budget'])}",
         *_how(extract),
         "",
         f"  {'':9}{'memory':>9}"
-        + "".join(f"{name:>{_WIDTH}}" for name in _COLUMNS)
+        + "".join(f"{name:>{WIDTH}}" for name in _COLUMNS)
         + f"{'read':>10}{'FLOP':>8}{'time':>8}",
     ]
     for phase, facts in extract["phases"].items():
         cells = [sum(facts["parts"].get(n, 0) for n in names) for names in _COLUMNS.values()]
         lines.append(
             f"  {phase:9}{format_bytes(facts['bytes']):>9}"
-            + "".join(f"{format_bytes(cell) if cell else '-':>{_WIDTH}}" for cell in cells)
+            + "".join(f"{format_bytes(cell) if cell else '-':>{WIDTH}}" for cell in cells)
             + f"{format_bytes(facts['read_bytes']) if facts['read_bytes'] else '-':>10}"
-            + f"{_count(facts['flops']):>8}{_duration(facts['seconds']):>8}"
+            + f"{figure(facts['flops']):>8}{duration(facts['seconds']):>8}"
         )
     lines.append(
-        f"  {'in all':{18 + _WIDTH * len(_COLUMNS)}}{format_bytes(extract['read_bytes']):>10}"
-        f"{_count(extract['flops']):>8}{_duration(extract['seconds']):>8}"
+        f"  {'in all':{18 + WIDTH * len(_COLUMNS)}}{format_bytes(extract['read_bytes']):>10}"
+        f"{figure(extract['flops']):>8}{duration(extract['seconds']):>8}"
     )
     lines += [*_estimate(document), "", *_training_lines(document["finetune"], limit), ""]
     disk = {name: format_bytes(size) for name, size in document["disk"].items()}
@@ -342,19 +287,6 @@ def text(document: dict) -> str:
     )
     lines.append(f"  adapter {disk['adapter']}, merged model {disk['merged']}")
     return "\n".join(lines)
-
-
-def _model_line(who: str, facts: dict) -> str:
-    stored = f"{format_bytes(facts['stored_bytes'])} stored"
-    if quantised := facts["quantisation"]:
-        stored += f" as {quantised['type']}"
-    if facts["to_download"]:
-        stored += f", {format_bytes(facts['to_download'])} of it to be downloaded"
-    return (
-        f"{who}  {facts['name']}: {facts['type']}, {facts['blocks']} blocks, "
-        f"{_count(facts['parameters'])} parameters, {stored}"
-        + (f", computed in {facts['dtype']}" if who == "teacher" else "")
-    )
 
 
 def _how(extract: dict) -> list[str]:
@@ -368,8 +300,8 @@ def _how(extract: dict) -> list[str]:
             f"{extract['blocks_streamed']} blocks streamed twice, {extract['blocks_resident']} "
             "once (they stay for the backward), "
         )
-    return _wrapped(
-        f"{_rows(allotment['micro_batch'])} at a time; {blocks}"
+    return wrapped(
+        f"{in_rows(allotment['micro_batch'])} at a time; {blocks}"
         + ("the next one read ahead; " if allotment["ahead"] else "nothing read ahead; ")
         + f"the head {'whole' if head is None else f'in parts of {head} rows'}; "
         + (f"{format_bytes(spilled)} of activations in files" if spilled else "no files")
@@ -384,8 +316,8 @@ def _estimate(document: dict) -> list[str]:
     line = (
         f"times are estimates, from one block with {size} x {length} tokens on this machine as it "
         "is now: "
-        f"{_count(rates['forward']['flops'])}FLOP/s forward, "
-        f"{_count(rates['backward']['flops'])}FLOP/s backward; "
+        f"{figure(rates['forward']['flops'])}FLOP/s forward, "
+        f"{figure(rates['backward']['flops'])}FLOP/s backward; "
     )
     if rates["read"]:
         speed = format_bytes(int(rates["read"]))
@@ -394,7 +326,7 @@ def _estimate(document: dict) -> list[str]:
         line += "reading the weights not counted"
     if rates["window"] is None:
         line += "; cutting and factoring not counted"
-    return _wrapped(line)
+    return wrapped(line)
 
 
 def _training_lines(training: dict, limit: str) -> list[str]:
@@ -405,46 +337,16 @@ def _training_lines(training: dict, limit: str) -> list[str]:
         return [
             f"finetune (pkt finetune): does not fit into {limit}; the smallest --budget that works "
             f"is {smallest}",
-            *_wrapped(f"one row at a time, {training['dtype']}: {parts}"),
+            *wrapped(f"one row at a time, {training['dtype']}: {parts}"),
         ]
-    step = f"a step is {_count(training['step_flops'])}FLOP"
+    step = f"a step is {figure(training['step_flops'])}FLOP"
     if training["step_seconds"]:
-        step += f", about {_duration(training['step_seconds'])}"
+        step += f", about {duration(training['step_seconds'])}"
     return [
         f"finetune (pkt finetune): {predicted} at most; the smallest --budget that works is "
         f"{smallest}",
-        *_wrapped(
-            f"{_rows(training['micro_batch'])} at a time of a batch of {training['batch']}, "
+        *wrapped(
+            f"{in_rows(training['micro_batch'])} at a time of a batch of {training['batch']}, "
             f"{training['dtype']}: {parts}; {step}"
         ),
     ]
-
-
-def _rows(count: int) -> str:
-    return f"{count} row" if count == 1 else f"{count} rows"
-
-
-def _wrapped(line: str) -> list[str]:
-    return textwrap.wrap(line, 98, initial_indent="  ", subsequent_indent="  ")
-
-
-def _count(value: float) -> str:
-    """950 M, 13.0 G, 2.1 P"""
-    if not value:
-        return "-"
-    units = ["", "K", "M", "G", "T", "P"]
-    while value >= 999.5 and len(units) > 1:
-        value /= 1000
-        del units[0]
-    unit = units[0]
-    return f"{value:.0f} {unit}" if value >= 99.5 or not unit else f"{value:.1f} {unit}"
-
-
-def _duration(seconds: float | None) -> str:
-    """0.4 s, 12 s, 3.1 min, 2.4 h, 1.2 d"""
-    if seconds is None:
-        return "-"
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 1.5 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
