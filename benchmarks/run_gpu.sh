@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Everything that only a machine with an NVIDIA GPU can tell, in one go: build with CUDA, run the
-# kernel tests on the card, compute-sanitizer on small ragged shapes, then `pkt bench`.
+# tests of the kernels and of the streamed pass on the card, compute-sanitizer on small ragged
+# shapes, then `pkt bench`.
 #
 #   benchmarks/run_gpu.sh [--venv DIR] [--size small|default|full] [--results DIR] [--ncu]
 #
@@ -95,7 +96,8 @@ judge() { # name, output, exit status
 }
 
 status=0
-"$python" -m pytest -q -p no:cacheprovider tests/ops -k cuda >"$log" 2>&1 || status=$?
+"$python" -m pytest -q -p no:cacheprovider tests/ops tests/streaming/test_on_cuda.py -k cuda \
+  >"$log" 2>&1 || status=$?
 judge tests "$log" "$status"
 [[ ${outcomes[0]} == passed ]] || cat "$log" >&2
 

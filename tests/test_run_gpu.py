@@ -104,7 +104,7 @@ def test_the_environment_gets_what_is_run_in_it(run, tmp_path, fresh):
         for what in (
             "pip install --quiet -c PINS setuptools cmake ninja pybind11",
             "pip install --quiet -c PINS --no-build-isolation -e .[dev]",
-            "pytest -q -p no:cacheprovider tests/ops -k cuda",
+            "pytest -q -p no:cacheprovider tests/ops tests/streaming/test_on_cuda.py -k cuda",
             "pkt_ext bench --device cuda --size small",
         )
     ]
