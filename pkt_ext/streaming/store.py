@@ -36,6 +36,11 @@ class _Entry:
     def bytes(self) -> int:
         return self.shape.numel() * self.dtype.itemsize
 
+    @property
+    def pinned_bytes(self) -> int:
+        """In pinned memory, which torch hands out in powers of two."""
+        return 1 << max(0, self.bytes - 1).bit_length()
+
 
 class ActivationStore:
     """Tensors by (group, item); a group is dropped as a whole and gives its memory or file back.
@@ -89,12 +94,12 @@ class ActivationStore:
         if self.bytes_in_memory + entry.bytes <= self.memory_limit:
             entry.held = tensor
             self.bytes_in_memory += entry.bytes
-        elif self.device.type == "cuda" and self.bytes_in_host + entry.bytes <= self.host_limit:
+        elif self._fits_in_host(entry):
             entry.held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             entry.held.copy_(tensor, non_blocking=True)
             entry.copied = torch.cuda.Event()
             entry.copied.record()
-            self.bytes_in_host += entry.bytes
+            self.bytes_in_host += entry.pinned_bytes
         if self.durable and not passing:
             self._durable.add(group)
         if entry.held is None or group in self._durable:
@@ -176,9 +181,13 @@ class ActivationStore:
         self._entries.clear()
         self.bytes_in_memory = self.bytes_in_host = 0
 
+    def _fits_in_host(self, entry: _Entry) -> bool:
+        there = self.device.type == "cuda"
+        return there and self.bytes_in_host + entry.pinned_bytes <= self.host_limit
+
     def _release(self, entry: _Entry) -> None:
         if entry.held is not None and entry.copied is not None:
-            self.bytes_in_host -= entry.bytes
+            self.bytes_in_host -= entry.pinned_bytes
         elif entry.held is not None:
             self.bytes_in_memory -= entry.bytes
 

@@ -21,6 +21,7 @@ from pkt_ext.streaming.batches import Sample
 from pkt_ext.streaming.blocks import StreamedModel
 from pkt_ext.streaming.budget import Allotment
 from pkt_ext.streaming.checkpoint import Checkpoint
+from pkt_ext.streaming.store import ActivationStore
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -92,6 +93,18 @@ def test_weights_of_another_dtype_are_converted_on_the_way(tmp_path):
     ]
     (truth, _, _), (found, _, _) = (scored(stream, rows) for stream in sides)
     assert_near(found, truth)
+
+
+def test_pinned_memory_is_counted_as_torch_hands_it_out(tmp_path):
+    store = ActivationStore(torch.device("cuda"), 0, tmp_path, host_limit=3 * 2**16)
+    made = [torch.randn(2**14 + 1, device="cuda") for _ in range(2)]  # rounded up to 128 KiB
+    for number, tensor in enumerate(made):
+        store.put("group", number, tensor)
+    assert store.bytes_in_host == 2**17 and store.bytes_on_disk == made[1].nbytes
+    assert all(store.get("group", number).equal(tensor) for number, tensor in enumerate(made))
+    store.drop("group")
+    assert store.bytes_in_host == 0
+    store.close()
 
 
 @pytest.mark.parametrize("family", ["llama_gqa", "gpt_neox", "gemma2"])
