@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import pre_tokenizers
 
 from pkt_ext import cli
+from pkt_ext.streaming.checkpoint import Checkpoint
 
 ROWS = [{"prompt": f"{i} and {i}?", "completion": str(2 * i)} for i in range(3)]
 
@@ -277,6 +278,19 @@ def test_full_disk_before_the_start(place, capfd, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     line = refused(place, capfd, arguments(place), code=75)
     assert "disk full" in line and "free some space" in line
+
+
+def test_a_disk_too_small_for_the_activations(place, capfd, monkeypatch):
+    real = shutil.disk_usage
+
+    def usage(path):
+        found = real(path)
+        return found._replace(free=1000) if str(path).endswith(".progress") else found
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("a weight was read"))
+    line = refused(place, capfd, arguments(place), code=75)
+    assert "activations" in line and "larger disk" in line
 
 
 # The limit on file sizes stands for a disk that fills up: the same error reaches the writers.

@@ -27,12 +27,12 @@ from pathlib import Path
 from pkt_ext import artifact
 from pkt_ext.attribution.sensitivity import PassReport, stream_sensitivity
 from pkt_ext.data import PROMPT_FORMATS
-from pkt_ext.errors import InputError, NonFiniteError
+from pkt_ext.errors import InputError, NonFiniteError, ResourceError
 from pkt_ext.lora import Factor, residual_model, write_adapter
 from pkt_ext.methods.seeking_inputs import Job, prepare, run_record, share_out, state
 from pkt_ext.methods.windows import Clock, Cutter
 from pkt_ext.settings import DTYPES, check_choices
-from pkt_ext.streaming.budget import parse_bytes
+from pkt_ext.streaming.budget import format_bytes, parse_bytes
 from pkt_ext.streaming.meter import merge_reports
 from pkt_ext.streaming.needs import Prediction
 from pkt_ext.streaming.progress import Progress
@@ -254,6 +254,8 @@ def _cut(
                 skipped=skipped,
                 allotment={"micro_batch": allotment.micro_batch, "head_rows": allotment.head_rows},
             )
+            if not kept.found:
+                _check_space(kept.folder, predicted.spilled)
         cutter = Cutter(
             job.plan, job.tokens, clock, config.rank, config.svd, config.seed, kept, world
         )
@@ -289,6 +291,15 @@ def _cut(
     if world.size > 1:
         passed = merge_reports(world.gather(passed), [s.id for s in by_length(samples)])
     return cutter, replace(passed, skipped=tuple(skipped)), predicted
+
+
+def _check_space(place: Path, spilled: int) -> None:
+    """Before the pass rather than in its middle: the activations are on the disk all at once."""
+    if spilled > (free := shutil.disk_usage(place).free):
+        raise ResourceError(
+            f"{place}: {format_bytes(spilled)} of activations are to be written, "
+            f"{format_bytes(free)} of the disk are free; free some, or give --out on a larger disk"
+        )
 
 
 def _restart(kept: Progress, world: World) -> None:
