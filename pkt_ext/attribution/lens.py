@@ -73,6 +73,12 @@ class Lens:
             logits += self.head_bias[first + rows.start : first + rows.stop]
         return soft_capped(logits, self.softcap)
 
+    def all_logits(self, inputs: torch.Tensor) -> torch.Tensor:
+        """fp32 [N, K] of the head's resident part, which starts at token 0, some rows at a time."""
+        count, width = self.stream.head.weight.shape
+        spans = _slices(count, max(1, HEAD_ELEMENTS // width))
+        return torch.cat([self.logits(inputs, 0, rows) for rows in spans], 1)
+
 
 class LogProbs:
     """log lens(x)[y] of many vectors x, the head coming in parts.

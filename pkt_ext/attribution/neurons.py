@@ -290,8 +290,7 @@ def _block_gains(run: Pass, flows: Flows, parts: list[Part], compat: str | None)
             first = part.rows.start if part.rows else 0
             if first == 0:
                 inputs = lens.head_inputs(final[:1].float(), sigma[:1])
-                rows = slice(0, len(stream.head.weight))
-                check_logits(stream, final[:1], lens.logits(inputs, 0, rows))
+                check_logits(stream, final[:1], lens.all_logits(inputs))
             for log_probs in (model, before, after):
                 log_probs.take_in(first)
     log_probs = model.result()

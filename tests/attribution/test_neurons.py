@@ -284,6 +284,21 @@ def test_memory_is_shared_out_without_a_trace(family, tmp_path, monkeypatch):
             same(one, other, 2e-6)
 
 
+def test_no_more_of_the_head_than_that_is_float32_at_once(tmp_path, monkeypatch):
+    """A head of 152k tokens would be gigabytes."""
+    sizes, logits = [], Lens.logits
+    monkeypatch.setattr("pkt_ext.attribution.lens.HEAD_ELEMENTS", 32 * 50)
+
+    def watched(self, inputs, first, rows):
+        found = logits(self, inputs, first, rows)
+        sizes.append(found.shape[1])
+        return found
+
+    monkeypatch.setattr(Lens, "logits", watched)
+    run(zoo.save(zoo.build("qwen2_tied"), tmp_path), rows())
+    assert max(sizes) == 50
+
+
 def test_first_order_bounds_and_all_is_top(tmp_path):
     folder, targets = zoo.save(zoo.build("qwen2"), tmp_path), rows()
     options = {"attention_neurons": 32, "ffn_neurons": 48}
