@@ -50,8 +50,8 @@ class AlignmentNeeds:
         self._length = max(len(sample.input_ids) for sample in samples)
         self._targets = max(int((sample.labels[1:] != IGNORED).sum()) for sample in samples)
         self._activations = self._row()
-        # what measuring has loaded is there from now on
-        self.process = resident_bytes() + SLACK if self.device == "cpu" else CONTEXT
+        # what measuring has loaded is there from now on, what the passes load will be
+        self.process = resident_bytes() + 2 * SLACK if self.device == "cpu" else CONTEXT
         self.phases = self._phases()
 
     @property
