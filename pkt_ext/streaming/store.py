@@ -98,7 +98,7 @@ class ActivationStore:
             entry.held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             entry.held.copy_(tensor, non_blocking=True)
             entry.copied = torch.cuda.Event()
-            entry.copied.record()
+            entry.copied.record(torch.cuda.current_stream(self.device))
             self.bytes_in_host += entry.pinned_bytes
         if self.durable and not passing:
             self._durable.add(group)
