@@ -21,7 +21,7 @@ from pkt_ext.streaming.checkpoint import Checkpoint
 
 # module type -> the half of a block whose neurons it belongs to
 KIND = {"up": "ffn", "down": "ffn", "v": "attention", "o": "attention"}
-_SLAB = 1024  # rows of a matrix that are looked at for their columns at once
+_SLAB = 1024  # rows of a quantised matrix that are looked at for their columns at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,13 +120,16 @@ def read_neurons(
 
 
 def _columns(checkpoint: Checkpoint, name: str, index: torch.Tensor) -> torch.Tensor:
-    """Some columns of a matrix as float32 rows, [n, D]; a slab of it is read at a time."""
+    """Some columns of a matrix as float32 rows, [n, D]."""
     dtype, (count, _) = checkpoint.dtype_of(name), checkpoint.shape(name)
-    if not dtype.is_floating_point:  # quantised: what is stored are codes, not numbers
-        dtype = torch.float32
+    if dtype.is_floating_point:
+        held = checkpoint.load([name], dtype)
+        checkpoint.populate(held)
+        return held[name].index_select(1, index).T.float().contiguous()
+    # quantised: what is stored are codes, which are decoded a slab at a time
     slabs = [slice(first, min(first + _SLAB, count)) for first in range(0, count, _SLAB)]
-    found = [checkpoint.rows(name, slab, dtype).index_select(1, index) for slab in slabs]
-    return torch.cat(found).T.float().contiguous()
+    found = [checkpoint.rows(name, slab, torch.float32).index_select(1, index) for slab in slabs]
+    return torch.cat(found).T.contiguous()
 
 
 def student_deltas(
