@@ -26,7 +26,13 @@ def locate_in(job: Job, which: int, config, kept: Progress, show: bool):
     if line := kept.find(f"locate {who}"):
         return _unpack([s.id for s in targets], kept.load(line["saved"]["found"])), line["cost"]
     budget = config.budget and parse_bytes(config.budget)
-    predicted = share_out(stream, targets, job.counts, budget, config.micro_batch)
+    name = f"allotment {who}"
+    predicted = share_out(
+        stream, targets, job.counts, budget, config.micro_batch, known=kept.state.get(name)
+    )
+    allotment = predicted.allotment
+    rounding = {"micro_batch": allotment.micro_batch, "head_rows": allotment.head_rows}
+    kept.remember(**{name: rounding})
     passed: list[PassReport] = []
     found = locate(
         stream,
@@ -36,7 +42,7 @@ def locate_in(job: Job, which: int, config, kept: Progress, show: bool):
         ffn_neurons=job.counts["ffn"],
         mode=config.mode,
         compat=config.compat,
-        allotment=predicted.allotment,
+        allotment=allotment,
         on_report=passed.append,
         show=show,
     )
@@ -49,7 +55,7 @@ def locate_in(job: Job, which: int, config, kept: Progress, show: bool):
         "seconds": spent.seconds,
         "waits": spent.waits,
         "bytes_read": spent.bytes_read,
-        **asdict(predicted.allotment),
+        **asdict(allotment),
     }
     saved = {"found": kept.save(f"located-{who}", _pack(found))}
     kept.record(f"locate {who}", saved=saved, cost=cost)
@@ -63,12 +69,14 @@ def share_out(
     budget: int | None,
     micro_batch: int,
     device: torch.device | None = None,
+    known: dict | None = None,
 ) -> Prediction:
     """How locating in one model shares out its memory, and what it is predicted to take.
 
     Args:
         counts: neurons kept of a block, by "attention", "ffn".
         budget, micro_batch, device: see `budget.fit`.
+        known: of an interrupted run, what touches the rounding.
     Raises:
         InputError: the budget is too small; names the smallest that works.
     """
@@ -82,6 +90,7 @@ def share_out(
         outer=False,
         durable=False,
         backward=False,
+        fixed=known,
         device=device,
     )
 
