@@ -11,7 +11,7 @@ the square root of the standard deviation instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,8 +75,7 @@ class Lens:
 
     def all_logits(self, inputs: torch.Tensor) -> torch.Tensor:
         """fp32 [N, K] of the head's resident part, which starts at token 0, some rows at a time."""
-        count, width = self.stream.head.weight.shape
-        spans = _slices(count, max(1, HEAD_ELEMENTS // width))
+        spans = _slices(*pieces_of(self.stream.head.weight.shape, inputs.device))
         return torch.cat([self.logits(inputs, 0, rows) for rows in spans], 1)
 
 
@@ -109,9 +108,7 @@ class LogProbs:
     @torch.no_grad()
     def take_in(self, first: int) -> None:
         """The resident rows of the head, from token `first` on; each token once."""
-        count, width = self.lens.stream.head.weight.shape
-        limit = LOGITS.get(self.sigma.device.type, 2**26) // POINTS
-        size = max(1, min(limit, HEAD_ELEMENTS // width))
+        count, size = pieces_of(self.lens.stream.head.weight.shape, self.sigma.device)
         for some in _slices(len(self.base), POINTS):
             sample = self.sample[some]
             x = self.base[some].to(sample.device).float()
@@ -126,6 +123,12 @@ class LogProbs:
     def result(self) -> torch.Tensor:
         """After all of the head: fp32 [Q], on the host."""
         return (self.scored - self.largest - self.sums.log()).cpu()
+
+
+def pieces_of(shape: Sequence[int], device: torch.device) -> tuple[int, int]:
+    """Rows of a head [K, D], and how many of them meet `POINTS` vectors at once."""
+    limit = LOGITS.get(device.type, 2**26) // POINTS
+    return shape[0], max(1, min(shape[0], limit, HEAD_ELEMENTS // shape[1]))
 
 
 def _slices(count: int, size: int) -> Iterable[slice]:

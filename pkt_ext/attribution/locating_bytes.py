@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from pkt_ext.attribution.lens import HEAD_ELEMENTS, POINTS
+from pkt_ext.attribution.lens import POINTS, pieces_of
 from pkt_ext.streaming.blocks import StreamedModel
-from pkt_ext.streaming.readout import LOGITS
 
 _TOKEN = 4 * 4 + 3 * 8  # of a sample's token: planes in fp32, logits and softmax in float64
 _PAIR = 5 * 8  # of a sample's neuron: strengths, centres and scores in float64
@@ -36,8 +35,11 @@ def locating_bytes(
         head = 0
     queries = 2 * blocks * samples * (2 * width * itemsize + 4 * 4)  # base and added, in rows
     points = min(POINTS, 2 * blocks * samples)
-    logits = 3 * 4 * min(points * vocab, LOGITS.get(device.type, 2**26))
-    gains = queries + logits + 4 * min(HEAD_ELEMENTS, vocab * width) + 3 * 4 * points * width
+    _, rows = pieces_of((vocab, width), device)
+    piece = 0 if stream.dtype == torch.float32 else 4 * rows * width  # of the head, in fp32
+    # all logits of one position are compared with the model's own
+    logits = 3 * 4 * points * rows + 4 * 4 * vocab
+    gains = queries + logits + piece + 3 * 4 * points * width
     wanted = {"o": attention_neurons, "down": ffn_neurons}
     largest = max((size for role, size in sizes.items() if wanted[role]), default=0)
     # the projection, read ahead another, in fp32 twice where a norm follows, and its candidates

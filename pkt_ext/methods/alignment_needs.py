@@ -140,8 +140,9 @@ class AlignmentNeeds:
 
     def _row(self) -> int:
         """Peak bytes of one row's forward and backward, the changes' gradients included."""
+        model = self._on_meta()
         with FakeTensorMode():
-            model, changes = self._fakes()
+            changes = self._fakes(model)
             given = [*model.parameters(), *model.buffers()]
             given += [t for change in changes for t in (change.index, change.values)]
             with Tracker(given) as tracker:
@@ -150,16 +151,21 @@ class AlignmentNeeds:
 
     def _count(self, gradients: bool) -> int:
         """Operations of one row with its changes and their gradients, or as the student is."""
+        model = self._on_meta()
         with FakeTensorMode():
-            model, changes = self._fakes()
+            changes = self._fakes(model)
             with count_flops() as flops:
                 self._run(model, changes if gradients else [], gradients)
         return flops.get_total_flops()
 
-    def _fakes(self):
-        """The student in eval mode and its changes, both of fake tensors."""
-        device, config = fake_device(self.device), self.student.checkpoint.config
-        model = on_meta(config, self._dtype, len(self.ours.blocks)).eval()
+    def _on_meta(self):
+        """The student in eval mode. Outside of fakes: some models make tensors of numbers."""
+        config = self.student.checkpoint.config
+        return on_meta(config, self._dtype, len(self.ours.blocks)).eval()
+
+    def _fakes(self, model) -> list[Change]:
+        """Its changes, of fake tensors, which its own weights become too."""
+        device = fake_device(self.device)
         fill_with_fakes(model, device)
         paths, found = describe(model).blocks, []
         for block in range(self.job.blocks):
@@ -170,7 +176,7 @@ class AlignmentNeeds:
                 index = torch.empty(self._rows(name), dtype=torch.int64, device=device)
                 path = f"{paths[block]}.{part.module}"
                 found.append(Change(path, name in ROW_ROLES, index, values))
-        return model, found
+        return found
 
     def _run(self, model, changes: list[Change], gradients: bool) -> None:
         anatomy = describe(model)

@@ -123,9 +123,10 @@ def load(folder):
 @pytest.mark.parametrize(("large", "small"), PAIRS, ids=["-".join(pair) for pair in PAIRS])
 def test_from_rows_to_a_merged_model(tmp_path, large, small):
     place = Place(tmp_path, large, small)
-    report = place.run(replace(CONFIG, export="adapter"))
+    report = place.run(replace(CONFIG, export="adapter", budget="8GiB"))
     assert artifact.verify(place.out) == [] and artifact.read(place.out)["kind"] == "delta"
     assert not place.out.with_name("out.progress").exists()
+    assert report["budget"] == 2**33 > report["align_predicted_bytes"] > 0
 
     network = Hypernetwork.load(place.out / "hypernetwork.safetensors")
     deltas, wanted = place.deltas(), expected_deltas(place, report, network)
