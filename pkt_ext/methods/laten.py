@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -223,7 +224,9 @@ def align(
         ) as staging:
             if job.dropped:
                 log.warning("%d rows left out; report.json names them", len(job.dropped))
-            kept = Progress(place, state(job, config, run), resume=resume and durable)
+            # what is in memory may be anything: such a run goes on from none, and deletes none
+            unique = {} if durable else {"model in memory": uuid.uuid4().hex}
+            kept = Progress(place, state(job, config, run) | unique, resume=resume)
             _transfer(job, student, config, clock, kept, staging, report, progress)
     except BaseException as error:
         # with NaN about, weights or options have to change, and the progress would not fit them
