@@ -19,6 +19,7 @@ from pkt_ext import artifact, cli, lora
 from pkt_ext.data import encode, read_rows
 from pkt_ext.delta import read_delta
 from pkt_ext.errors import InputError
+from pkt_ext.methods import laten
 from pkt_ext.methods.hypernetwork import Hypernetwork
 from pkt_ext.methods.laten import LatenConfig
 from pkt_ext.methods.laten import align as run_laten
@@ -384,6 +385,26 @@ def test_the_best_step_held_out_is_injected(shared, wild, tmp_path):
     assert held[best - 1] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
+def test_a_repeated_run_stops_at_the_same_step(shared, tmp_path, monkeypatch):
+    config, rows = replace(EVERY, patience=1), dict(locate=MANY, holdout=HELD)
+    report = shared.run(config, out=tmp_path / "whole", **rows)
+
+    def stop(*_, **__):
+        raise RuntimeError("stopped here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(laten, "write_delta", stop)
+        with pytest.raises(RuntimeError) as error:
+            shared.run(config, out=tmp_path / "out", **rows)
+    (note,) = error.value.__notes__
+    assert f"kept in {tmp_path / 'out'}.progress" in note
+    monkeypatch.setattr(laten.Alignment, "step", stop)
+    again = shared.run(config, out=tmp_path / "out", **rows)
+    assert len(again["losses"]) == len(report["losses"]) < len(MANY)
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
 @pytest.mark.parametrize("patience", [1, 2])
 def test_it_stops_where_nothing_gets_better(shared, wild, tmp_path, patience):
     whole = wild[0]["held_out_losses"]
@@ -496,8 +517,6 @@ def test_models_in_memory_are_left_as_they_were(shared, tmp_path):
 
 
 def test_models_in_memory_leave_no_progress(shared, tmp_path, monkeypatch):
-    from pkt_ext.methods import laten
-
     def stop(*_):
         raise RuntimeError("stopped here")
 
