@@ -17,6 +17,7 @@ from pkt_ext.adapter import Factor, matrix_shape
 from pkt_ext.errors import InputError, ResourceError
 from pkt_ext.finetune import FinetuneConfig, finetune
 from pkt_ext.models.anatomy import describe
+from pkt_ext.streaming.budget import parse_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80], [1, 9, 33, 200, 12, 5]])
@@ -259,10 +260,12 @@ def test_micro_batch_shrinks_until_it_fits(shop, tmp_path, monkeypatch):
 
 def test_budget_chooses_the_micro_batch(shop, tmp_path):
     config = replace(QUICK, micro_batch=None, batch=8, max_steps=1)
-    with pytest.raises(InputError, match=r"smallest --budget that works is (\d+) MiB") as caught:
+    with pytest.raises(
+        InputError, match=r"smallest --budget that works is [\d.]+ [MG]iB"
+    ) as caught:
         run(shop, tmp_path / "none", config=replace(config, budget="1MiB"))
     assert not (tmp_path / "none").exists()
-    least = int(re.search(r"works is (\d+)", str(caught.value))[1])
+    least = parse_bytes(re.search(r"works is ([\d.]+ [MG]iB)", str(caught.value))[1]) // 2**20
     report = run(shop, tmp_path / "out", config=replace(config, budget=f"{least + 200}MiB"))
     assert report["micro_batch"] == 8
     assert report["predicted_bytes"] <= report["budget"] == (least + 200) * 2**20
