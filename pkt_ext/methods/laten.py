@@ -19,7 +19,6 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -31,7 +30,6 @@ from pkt_ext.data import PROMPT_FORMATS
 from pkt_ext.delta import delta_card, to_adapter, write_delta
 from pkt_ext.errors import InputError, NonFiniteError
 from pkt_ext.heap import give_back_freed_memory
-from pkt_ext.lora import load_student
 from pkt_ext.methods.alignment import (
     Alignment,
     AlignmentConfig,
@@ -44,6 +42,7 @@ from pkt_ext.methods.laten_budget import alignment_bytes
 from pkt_ext.methods.laten_inputs import Job, planned_bytes, prepare, run_record, state
 from pkt_ext.methods.locating import at_random, locate_in
 from pkt_ext.methods.matching import Match, match_neurons
+from pkt_ext.methods.students import in_memory
 from pkt_ext.methods.windows import Clock
 from pkt_ext.ops.neuron_score import MODES
 from pkt_ext.settings import DTYPES, check_choices, refuse_processes
@@ -268,7 +267,7 @@ def _transfer(job: Job, student, config, clock, kept, staging, report: dict, sho
     )
     with (
         clock("align"),
-        _in_memory(student, job, config) as model,
+        in_memory(student, job.streams[1], config.student_revision) as model,
         PeakMemory(job.streams[1].device) as memory,
     ):
         training = Alignment(model, network, config.alignment(len(job.located)), anatomy=ours)
@@ -287,21 +286,6 @@ def _transfer(job: Job, student, config, clock, kept, staging, report: dict, sho
                 shutil.copyfile(kept.folder / name, staging / "checkpoints" / name)
     report.update(_report(job, found, steps, held, chosen, deltas, config))
     report.update(passes=passes, seconds=dict(clock.seconds), align_peak_bytes=peak)
-
-
-@contextmanager
-def _in_memory(student, job: Job, config: LatenConfig) -> Iterator:
-    """The student on its device; one that was in memory already goes back to where it was."""
-    stream = job.streams[1]
-    if isinstance(student, str | os.PathLike):
-        revision = config.student_revision or "main"
-        yield load_student(student, dtype=stream.dtype, revision=revision).to(stream.device)
-        return
-    place = student.device
-    try:
-        yield student.to(stream.device)
-    finally:
-        student.to(place)
 
 
 def _tidy(job: Job) -> None:

@@ -16,6 +16,7 @@ from pkt_ext.data import Encoded, encode, encode_targets, read_rows
 from pkt_ext.errors import InputError
 from pkt_ext.methods.matching import KIND
 from pkt_ext.methods.seeking_inputs import longest_row
+from pkt_ext.methods.students import check_gradients
 from pkt_ext.models.anatomy import Anatomy
 from pkt_ext.settings import find_device
 from pkt_ext.streaming.batches import Sample, digest, with_distinct_ids
@@ -117,7 +118,7 @@ def pair(checkpoints, config, device: torch.device, target: torch.device | None 
         )
         for checkpoint in checkpoints
     )
-    _check_gradients(streams[1], target or device)
+    check_gradients(streams[1], target or device)
     smaller = min(len(stream.block_names) for stream in streams)
     if (blocks := config.blocks or smaller) > smaller:
         raise InputError(f"blocks is {blocks}; one of the models has {smaller}, give at most those")
@@ -126,16 +127,6 @@ def pair(checkpoints, config, device: torch.device, target: torch.device | None 
         kept = counts["attention"], counts["ffn"]
         check_options(stream, blocks, kept, config.mode, config.compat)
     return streams, blocks, counts
-
-
-def _check_gradients(student: StreamedModel, device: torch.device) -> None:
-    """Now rather than when both models have been located in."""
-    kind = student.checkpoint.quantisation
-    if kind is not None and kind.bits == 4 and device.type == "cpu":
-        raise InputError(
-            f"{student.checkpoint.name}: its weights are quantised ({kind}), and through those no "
-            "gradient passes on a CPU; use the unquantised student, or --device cuda"
-        )
 
 
 def _counts(theirs: Anatomy, ours: Anatomy, config) -> dict[str, int]:
