@@ -19,18 +19,17 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.utils.checkpoint import checkpoint
 
 from pkt_ext.errors import InputError, NonFiniteError
 from pkt_ext.methods.hypernetwork import REGULARISER, Hypernetwork, penalty
 from pkt_ext.methods.matching import Match, student_deltas
 from pkt_ext.models.anatomy import Anatomy, describe
 from pkt_ext.models.injection import Deltas, injected
+from pkt_ext.models.replaced import recomputed
 from pkt_ext.settings import check_choices
 from pkt_ext.streaming.batches import Batch, Sample
 from pkt_ext.streaming.blocks import batches_for
@@ -397,24 +396,6 @@ def losses_at(
             for index, (places, tokens) in enumerate(targets)
         ]
     )
-
-
-@contextmanager
-def recomputed(blocks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Let the backward pass compute these blocks anew instead of keeping what they made."""
-    before = [block.__dict__.get("forward") for block in blocks]
-    try:
-        for block in blocks:
-            block.forward = partial(
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-            )
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.forward = forward
 
 
 def _rising(steps: int) -> float:

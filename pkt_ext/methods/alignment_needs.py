@@ -12,11 +12,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pkt_ext.heap import give_back_freed_memory
-from pkt_ext.methods.alignment import losses_at, recomputed
+from pkt_ext.methods.alignment import losses_at
 from pkt_ext.methods.laten_inputs import Job, located_bytes
 from pkt_ext.methods.matching import KIND
 from pkt_ext.models.anatomy import describe
 from pkt_ext.models.injection import ROW_ROLES, Change, added
+from pkt_ext.models.replaced import recomputed
 from pkt_ext.streaming.batches import ALIGNMENT, IGNORED
 from pkt_ext.streaming.footprint import Tracker, count_flops
 from pkt_ext.streaming.meter import resident_bytes

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from pkt_ext.errors import InputError, NonFiniteError
 from pkt_ext.models.anatomy import Anatomy, describe
+from pkt_ext.models.replaced import replaced
 from pkt_ext.streaming.batches import Batch, make_batches
 
 
@@ -169,25 +170,9 @@ class StreamedModel:
         for module, key in self._places[name]:
             module._parameters[key] = parameter
 
-    @contextmanager
-    def replaced_blocks(self, forward) -> Iterator[None]:
+    def replaced_blocks(self, forward):
         """Let `forward(index, hidden, args, kwargs)` stand for every block's forward."""
-
-        def substitute(index: int):
-            def run(*args, **kwargs):
-                hidden, *rest = args or (kwargs.pop("hidden_states"),)
-                return forward(index, hidden, tuple(rest), kwargs)
-
-            return run
-
-        blocks = self.blocks
-        try:
-            for index, block in enumerate(blocks):
-                block.forward = substitute(index)
-            yield
-        finally:
-            for block in blocks:
-                block.__dict__.pop("forward", None)
+        return replaced(self.blocks, forward)
 
     def record(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, list[tuple[tuple, dict]]]:
         """What block 0 is given, and every block's other arguments, inside `embedding_of`.
