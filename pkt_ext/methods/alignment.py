@@ -29,7 +29,7 @@ from pkt_ext.methods.hypernetwork import REGULARISER, Hypernetwork, penalty
 from pkt_ext.methods.matching import Match, student_deltas
 from pkt_ext.models.anatomy import Anatomy, describe
 from pkt_ext.models.injection import Deltas, injected
-from pkt_ext.models.replaced import recomputed
+from pkt_ext.models.replaced import in_eval_mode, recomputed
 from pkt_ext.settings import check_choices
 from pkt_ext.streaming.batches import Batch, Sample
 from pkt_ext.streaming.blocks import batches_for
@@ -311,15 +311,10 @@ class Alignment:
     @contextmanager
     def _in_use(self) -> Iterator[None]:
         """The student in eval mode, its blocks recomputed in the backward pass where asked for."""
-        training = [module for module in self.student.modules() if module.training]
         blocks = [self.student.get_submodule(path) for path in self.anatomy.blocks]
-        try:
-            self.student.eval()
-            with recomputed(blocks if self.config.gradient_checkpointing else []):
-                yield
-        finally:
-            for module in training:
-                module.training = True
+        again = recomputed(blocks if self.config.gradient_checkpointing else [])
+        with in_eval_mode(self.student), again:
+            yield
 
     def _gradients(
         self, deltas: Deltas, batches: list[Batch], where: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks whose forward is another one for a while, as context managers."""
+"""Modules that behave otherwise for a while, as context managers."""
 
 from __future__ import annotations
 
@@ -45,6 +45,18 @@ def recomputed(blocks: Sequence[nn.Module], *, random: bool = False) -> Iterator
                 checkpoint, block.forward, use_reentrant=False, preserve_rng_state=random
             )
         yield
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Nothing in the model is random; each module's mode is given back."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @contextmanager
