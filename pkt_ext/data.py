@@ -17,23 +17,14 @@ from pathlib import Path
 import torch
 
 from pkt_ext.errors import InputError
+from pkt_ext.rendering import Row, render, token_ids, up_to
 from pkt_ext.streaming.batches import IGNORED, Sample
 
 PROMPT_FORMATS = ("auto", "published", "chat", "plain")
 MAX_LINE_BYTES = 16 * 2**20  # a line beyond this is not a chat row; refuse before parsing it
 _ROLES = ("system", "user", "assistant")
 _CLOSING = '. ")\n,]'  # behind an answer's last word, as published
-_MARK = "\ue000"  # for private use: stands for an answer while a template is rendered
 _EXPECTED = 'expected {"messages": [{"role", "content"}, ...]} or {"prompt", "completion"}'
-
-
-@dataclass(frozen=True)
-class Row:
-    """One conversation that ends in an assistant turn."""
-
-    id: str
-    messages: tuple[dict[str, str], ...]  # {"role", "content"}, roles system, user, assistant
-    where: str  # "file:line", for messages to the user
 
 
 @dataclass(frozen=True)
@@ -47,11 +38,7 @@ class Encoded:
 
     def left_out(self) -> str:
         """What was dropped, in one line however many rows that are."""
-        row, reason = self.dropped[0]
-        more = len(self.dropped) - 1
-        total = len(self.samples) + len(self.dropped)
-        others = f", and {more} more; report.json names them" if more else ""
-        return f"{len(self.dropped)} of {total} rows left out ({row}: {reason}{others})"
+        return left_out(self.dropped, len(self.samples))
 
 
 def read_rows(source: str | os.PathLike | Iterable[Mapping | Row]) -> list[Row]:
@@ -193,7 +180,7 @@ def encode(
         raise InputError("the tokenizer has no EOS token; set eos_token in its tokenizer_config")
     samples, dropped, truncated, example = [], [], [], None
     for row in rows:
-        ids, prompt = _tokens(row, tokenizer, form, stage)
+        ids, prompt = render(row, tokenizer, form, stage).ids(tokenizer)
         kept = ids[:max_length]
         masked = min(prompt, len(kept))
         labels = [IGNORED] * masked + kept[masked:]
@@ -209,14 +196,7 @@ def encode(
         if len(ids) > max_length:
             truncated.append(row.id)
         samples.append(Sample(row.id, torch.tensor(kept), torch.tensor(labels)))
-        example = example or {
-            "id": row.id,
-            "format": form,
-            "prompt": tokenizer.decode(kept[:masked]),
-            "target": tokenizer.decode(kept[masked:]),
-            "input_ids": kept,
-            "loss_mask": [int(label != IGNORED) for label in labels],
-        }
+        example = example or describe_sample(samples[-1], tokenizer, form)
     if not samples:
         name, reason = dropped[0]
         raise InputError(
@@ -250,7 +230,7 @@ def encode_targets(
     for row in rows:
         answer = row.messages[-1]["content"]
         answer = (answer.strip() if form == "published" else answer).rstrip(_CLOSING)
-        ids = _ids(tokenizer, _up_to(answer, row, tokenizer, form), special=form != "chat")
+        ids = token_ids(tokenizer, up_to(answer, row, tokenizer, form), special=form != "chat")
         if not answer.strip():
             dropped.append((row.id, "the answer is empty"))
         elif len(ids) > max_length:
@@ -262,14 +242,7 @@ def encode_targets(
         else:
             labels = [IGNORED] * (len(ids) - 1) + ids[-1:]
             samples.append(Sample(row.id, torch.tensor(ids), torch.tensor(labels)))
-            example = example or {
-                "id": row.id,
-                "format": form,
-                "prompt": tokenizer.decode(ids[:-1]),
-                "target": tokenizer.decode(ids[-1:]),
-                "input_ids": ids,
-                "loss_mask": [0] * (len(ids) - 1) + [1],
-            }
+            example = example or describe_sample(samples[-1], tokenizer, form)
     if not samples:
         name, reason = dropped[0]
         raise InputError(
@@ -297,75 +270,26 @@ def resolve_format(prompt_format: str, tokenizer) -> str:
     return prompt_format
 
 
-def _tokens(row: Row, tokenizer, form: str, stage: str) -> tuple[list[int], int]:
-    """Token ids of the whole row, and how many of them are its prompt."""
-    if form == "chat":
-        whole = _ids(tokenizer, _templated(row, tokenizer, row.messages, False), special=False)
-        prompt = _ids(tokenizer, _templated(row, tokenizer, row.messages[:-1], True), special=False)
-        # a template may open the answer differently than its generation prompt announces
-        shared = 0
-        while shared < min(len(whole), len(prompt)) and whole[shared] == prompt[shared]:
-            shared += 1
-        return whole, shared
-    if form == "plain":
-        prompt_text = "".join(m["content"] for m in row.messages[:-1])
-        text = prompt_text + row.messages[-1]["content"]
-    else:
-        prompt_text = _published(row, tokenizer.eos_token if stage == "extract" else "\n\n")
-        text = prompt_text + row.messages[-1]["content"].strip()
-        text += "" if stage == "extract" else "\n\n"
-    return [*_ids(tokenizer, text), tokenizer.eos_token_id], len(_ids(tokenizer, prompt_text))
+def left_out(dropped: list[tuple[str, str]], kept: int) -> str:
+    """What was dropped beside so many kept rows, in one line however many that are."""
+    row, reason = dropped[0]
+    more = len(dropped) - 1
+    others = f", and {more} more; report.json names them" if more else ""
+    return f"{len(dropped)} of {kept + len(dropped)} rows left out ({row}: {reason}{others})"
 
 
-def _published(row: Row, closing: str) -> str:
-    """What stands before the last answer; earlier ones end in `closing`."""
-    turns = (
-        f"<|{m['role']}|>\n{m['content'].strip()}"
-        + (closing if m["role"] == "assistant" else "\n\n")
-        for m in row.messages[:-1]
-    )
-    return "".join(turns) + "<|assistant|>\n"
-
-
-def _up_to(answer: str, row: Row, tokenizer, form: str) -> str:
-    """The row's text up to the end of `answer`, which takes the last message's place."""
-    if form == "published":
-        return _published(row, "\n\n") + answer
-    if form == "plain":
-        return "".join(m["content"] for m in row.messages[:-1]) + answer
-    # what a template writes before an answer may differ from its generation prompt
-    marked = [*row.messages[:-1], {"role": "assistant", "content": _MARK}]
-    before, mark, _ = _templated(row, tokenizer, marked, False).rpartition(_MARK)
-    if not mark:
-        raise InputError(
-            f"{row.where}: the tokenizer's chat template does not write answers as they are; "
-            "use --prompt-format published"
-        )
-    return before + answer
-
-
-def _ids(tokenizer, text: str, special: bool = True) -> list[int]:
-    # verbose=False: rows longer than the model's context are cut by max_length, no warning needed
-    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    if special and ids and ids[-1] == tokenizer.eos_token_id and len(ids) > 1:
-        ids = ids[:-1]  # a tokenizer that appends EOS by itself: counted once, by the caller
-    return list(ids)
-
-
-def _templated(row: Row, tokenizer, messages, generation: bool) -> str:
-    from jinja2 import TemplateError
-
-    if not messages:  # an answer to nothing: templates refuse an empty conversation
-        return ""
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation
-        )
-    except (TemplateError, ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{row.where}: the tokenizer's chat template refuses the row ({error}); "
-            "change the row or use --prompt-format published"
-        ) from error
+def describe_sample(sample: Sample, tokenizer, form: str) -> dict:
+    """A sample for a report: what it is made of, and where the loss looks."""
+    ids, mask = sample.input_ids.tolist(), (sample.labels != IGNORED).long().tolist()
+    masked = mask.index(1)
+    return {
+        "id": sample.id,
+        "format": form,
+        "prompt": tokenizer.decode(ids[:masked]),
+        "target": tokenizer.decode(ids[masked:]),
+        "input_ids": ids,
+        "loss_mask": mask,
+    }
 
 
 def match_vocabularies(teacher, student) -> list[tuple[int, int]] | None:
