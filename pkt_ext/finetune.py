@@ -11,8 +11,6 @@ import importlib.util
 import logging
 import math
 import os
-import sys
-import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,6 +33,7 @@ from pkt_ext.settings import DTYPES, check_choices, find_device, refuse_processe
 from pkt_ext.streaming.budget import format_bytes, parse_bytes, smallest_that_works
 from pkt_ext.streaming.checkpoint import Checkpoint
 from pkt_ext.streaming.meter import PeakMemory
+from pkt_ext.training import Schedule, run_trainer
 
 log = logging.getLogger(__name__)
 
@@ -377,48 +376,30 @@ def _train(build, student, encoded, config, device, report, progress, *, sizes: 
 
 
 def _run_trainer(model, encoded, config, micro_batch, device, report, progress) -> None:
-    from transformers import Trainer, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
+    from transformers import Trainer
 
     samples = [{"input_ids": s.input_ids, "labels": s.labels} for s in encoded.samples]
     accumulation = config.batch // micro_batch
     steps_per_epoch = math.ceil(math.ceil(len(samples) / micro_batch) / accumulation)
-    steps = config.max_steps or math.ceil(config.epochs * steps_per_epoch)
     dtype = model.get_base_model().dtype
-    show = progress and sys.stderr.isatty()
-    watch = _watch(steps, report, log_lines=progress and not show, scaled=dtype == torch.float16)
-    with tempfile.TemporaryDirectory(prefix="pkt_ext-") as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            per_device_train_batch_size=micro_batch,
-            gradient_accumulation_steps=accumulation,
-            num_train_epochs=config.epochs,
-            max_steps=steps,
-            learning_rate=config.learning_rate,
-            lr_scheduler_type=config.schedule,
-            warmup_steps=math.ceil(config.warmup * steps),
-            bf16=dtype == torch.bfloat16,
-            fp16=dtype == torch.float16 and device == "cuda",
-            gradient_checkpointing=config.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            seed=config.seed,
-            use_cpu=device == "cpu",
-            dataloader_pin_memory=device == "cuda",
-            remove_unused_columns=False,
-            label_names=["labels"],
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=not show,
-        )
-        if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # one process, one card: DataParallel would split PEFT's layers
-        trainer = Trainer(
-            model, arguments, train_dataset=samples, data_collator=_pad, callbacks=[watch]
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    schedule = Schedule(
+        steps=config.max_steps or math.ceil(config.epochs * steps_per_epoch),
+        learning_rate=config.learning_rate,
+        batch=config.batch,
+        micro_batch=micro_batch,
+        kind=config.schedule,
+        warmup=config.warmup,
+        seed=config.seed,
+        gradient_checkpointing=config.gradient_checkpointing,
+    )
+    trainer = run_trainer(
+        lambda arguments: Trainer(model, arguments, train_dataset=samples, data_collator=_pad),
+        schedule,
+        dtype=dtype,
+        device=device,
+        report=report,
+        progress=progress,
+    )
     report.update(
         steps=trainer.state.global_step,
         micro_batch=micro_batch,
@@ -437,29 +418,3 @@ def _pad(rows: list[dict]) -> dict[str, torch.Tensor]:
         "attention_mask": mask,
         "labels": pad_sequence(labels, batch_first=True, padding_value=data.IGNORED),
     }
-
-
-def _watch(steps: int, report: dict, *, log_lines: bool, scaled: bool):
-    """Collect the losses, print a line now and then, stop at the first NaN."""
-    from transformers import TrainerCallback
-
-    class Watch(TrainerCallback):
-        def on_train_begin(self, *_, **__):
-            report.update(losses=[], learning_rates=[])
-
-        def on_log(self, args, state, control, logs=None, **_):
-            if "loss" not in logs:
-                return
-            # a loss scale of float16 makes gradients overflow now and then: that step is skipped
-            for key in ("loss",) if scaled else ("loss", "grad_norm"):
-                if not math.isfinite(logs.get(key, 0.0)):
-                    raise InputError(
-                        f"{key.replace('_', ' ')} is {logs[key]} at step {state.global_step}; "
-                        "lower --learning-rate, or check the student's weights and --dtype"
-                    )
-            report["losses"].append(logs["loss"])
-            report["learning_rates"].append(logs["learning_rate"])
-            if log_lines and state.global_step % max(1, steps // 10) == 0:
-                log.info("step %d of %d: loss %.4f", state.global_step, steps, logs["loss"])
-
-    return Watch()

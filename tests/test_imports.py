@@ -20,7 +20,7 @@ FLOORS = [
     {"streaming"},
     {"rendering"},
     {"data", "paired_data", "adapter", "attached", "delta", "merge", "lora", "attribution"},
-    {"baselines", "training_needs"},
+    {"baselines", "training_needs", "training"},
     {"methods", "finetune"},
     {"demo", "demo_world", "bench", "probe"},
     {"plan"},
