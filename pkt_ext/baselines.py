@@ -38,15 +38,26 @@ def new_factors(model, config) -> tuple[dict[str, Factor], AdapterConfig, bool]:
             B, A = lora_factors(weight.float(), rank, split="sqrt", seed=config.seed)
             factors[path] = Factor(A / scale**0.5, B / scale**0.5, embedding)
             continue
-        out, size = matrix_shape(module)
-        if embedding:
-            drawn = torch.randn(size, rank, generator=generator)
-            factors[path] = Factor(torch.zeros(rank, out), drawn, True)
-        else:
-            drawn = torch.randn(rank, size, generator=generator) / config.rank
-            factors[path] = Factor(drawn, torch.zeros(out, rank))
+        factors[path] = _gaussian(module, rank, config.rank, generator)
     given = AdapterConfig(dict.fromkeys(factors, scale), 0.05, model.name_or_path, {})
     return factors, given, config.init == "pissa"
+
+
+def gaussian_factors(model, ranks: Mapping[str, int], seed: int) -> dict[str, Factor]:
+    """A ~ N(0, 1/r^2), B = 0 for some modules of a model, by path: {module path: rank}."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        path: _gaussian(model.get_submodule(path), rank, rank, generator)
+        for path, rank in ranks.items()
+    }
+
+
+def _gaussian(module, rank: int, spread: int, generator: torch.Generator) -> Factor:
+    out, size = matrix_shape(module)
+    if isinstance(module, torch.nn.Embedding):
+        return Factor(torch.zeros(rank, out), torch.randn(size, rank, generator=generator), True)
+    drawn = torch.randn(rank, size, generator=generator) / spread
+    return Factor(drawn, torch.zeros(out, rank))
 
 
 def targets(model, config) -> Mapping[str, int]:

@@ -29,7 +29,7 @@ from pkt_ext.adapter import (
 )
 from pkt_ext.baselines import INITS, new_factors
 from pkt_ext.errors import InputError, ResourceError
-from pkt_ext.settings import DTYPES, check_choices, find_device, refuse_processes
+from pkt_ext.settings import DTYPES, check_choices, refuse_processes, trainer_device
 from pkt_ext.streaming.budget import format_bytes, parse_bytes, smallest_that_works
 from pkt_ext.streaming.checkpoint import Checkpoint
 from pkt_ext.streaming.meter import PeakMemory
@@ -137,7 +137,7 @@ def finetune(
         "pkt finetune", "under torchrun use lora.attach with a Trainer (docs/training.md)"
     )
     start = time.perf_counter()
-    device = _device(config.device)
+    device = trainer_device(config.device).type
     factors, given, source_run, frozen = _read(adapter)
     encoded, name = _encode(student, data_rows, tokenizer, config)
     sizes, predicted = _sizes(student, factors, given, frozen, encoded, config, device)
@@ -237,17 +237,6 @@ def _check_ids(encoded: data.Encoded, model) -> None:
                 f"row {sample.id} has token {largest}, the student knows {rows}; the tokenizer is "
                 "of another model"
             )
-
-
-def _device(asked: str) -> str:
-    """The type of the device asked for."""
-    device = find_device(asked)
-    if device.index and device.type == "cuda":
-        raise InputError(
-            f"device is {asked}, but the Trainer uses the first CUDA device; set "
-            f"CUDA_VISIBLE_DEVICES={device.index} and use --device cuda"
-        )
-    return device.type
 
 
 @contextmanager

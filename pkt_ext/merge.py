@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +115,31 @@ def residual_model(
         student, _lora_source(init, factors, config, run), out, dtype, kind="residual-model",
         revision=revision, tokenizer=tokenizer, overwrite=overwrite, progress=progress,
     )  # fmt: skip
+
+
+def write_trained(
+    folder: Path, checkpoint: Checkpoint, weights: Mapping[str, torch.Tensor], report: dict
+) -> None:
+    """Write a complete model into a staging folder: a checkpoint with some parameters replaced.
+
+    Args:
+        weights: by the model's own names; rounded to the dtype that each has in the checkpoint.
+        report:  its `warnings`, a list, may get longer.
+    """
+    skeleton = checkpoint.skeleton(torch.float32)
+    names = [name for name, _ in skeleton.named_parameters()]
+    stored = {name: checkpoint.dtype_of(name) for name in names}
+
+    def pieces(name: str):
+        if name in weights:
+            whole = weights[name].detach().to("cpu", stored[name])
+        else:
+            whole = checkpoint.load([name], stored[name])[name]
+        yield from whole.reshape(-1).split(_PIECE)
+
+    write_shards(folder, {name: (checkpoint.shape(name), stored[name]) for name in names}, pieces)
+    _write_config(folder, checkpoint, skeleton, None, untied=False)
+    _copy_files(folder, checkpoint, None, report)
 
 
 # (rows, columns of the stored weight) -> those rows of what is added to it, float32

@@ -115,6 +115,21 @@ def find_device(name: str):
     return device
 
 
+def trainer_device(name: str):
+    """`find_device` for transformers' Trainer, which uses the first CUDA device.
+
+    Raises:
+        InputError: another one.
+    """
+    device = find_device(name)
+    if device.index and device.type == "cuda":
+        raise InputError(
+            f"device is {name}, but the Trainer uses the first CUDA device; set "
+            f"CUDA_VISIBLE_DEVICES={device.index} and use --device cuda"
+        )
+    return device
+
+
 class Launch(typing.NamedTuple):
     """This process among those that a launcher started for one job."""
 

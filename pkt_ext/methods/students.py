@@ -29,17 +29,15 @@ def check_gradients(student: StreamedModel, device: torch.device) -> None:
 
 
 @contextmanager
-def in_memory(
-    student, stream: StreamedModel, revision: str | None, dtype: torch.dtype | None = None
-) -> Iterator:
+def in_memory(student, stream: StreamedModel, revision: str | None) -> Iterator:
     """The student on its device; one that was in memory already is afterwards what it was.
 
     Args:
         student: folder, hub id or loaded model.
-        stream:  the same student, as it streams: its device, and its dtype unless `dtype` is given.
+        stream:  the same student, as it streams: its device and dtype.
     """
     if isinstance(student, str | os.PathLike):
-        model = load_student(student, dtype=dtype or stream.dtype, revision=revision or "main")
+        model = load_student(student, dtype=stream.dtype, revision=revision or "main")
         yield model.to(stream.device)
         return
     place, modes = student.device, [(m, m.training) for m in student.modules()]
