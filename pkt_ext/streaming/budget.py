@@ -72,6 +72,7 @@ def fit(
     outer: bool = True,
     durable: bool = True,
     backward: bool = True,
+    scored: bool = True,
     fixed: Mapping[str, int | None] | None = None,
     device: torch.device | None = None,
 ) -> Prediction:
@@ -91,6 +92,7 @@ def fit(
         outer:       embedding and head will be scored.
         durable:     activations are written to disk whether or not they are kept.
         backward:    False: the pass goes forward alone.
+        scored:      the blocks' parameters will be scored on the way back.
         fixed:       {"micro_batch", "head_rows"} of an interrupted run, which are not to change.
         device:      to fit into, where that is not the model's: one that need not be here, for a
                      model on the CPU and with a budget given.
@@ -101,7 +103,13 @@ def fit(
         give_back_freed_memory()
     device = device or stream.device
     needs = (Needs if backward else ForwardNeeds)(
-        stream, samples, dict(extra or {}), outer=outer, durable=durable, device=device
+        stream,
+        samples,
+        dict(extra or {}),
+        outer=outer,
+        durable=durable,
+        scored=scored,
+        device=device,
     )
     limit = available_bytes(device) if budget is None else budget
     sizes, heads = _sizes(micro_batch), needs.head_sizes()

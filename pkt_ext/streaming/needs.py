@@ -100,11 +100,12 @@ class Needs:
         *,
         outer: bool,
         durable: bool,
+        scored: bool = True,
         device: torch.device | None = None,
     ):
         self.stream, self.samples, self.extra = stream, samples, extra
         self.device = device or stream.device
-        self.outer, self.durable = outer, durable
+        self.outer, self.durable, self.scored = outer, durable, scored
         self._work: dict[int, _Work] = {}
         self.itemsize = stream.dtype.itemsize
         self.width = stream.embedding.embedding_dim
@@ -120,7 +121,7 @@ class Needs:
             self.process = resident_bytes() + SLACK
             if stream.checkpoint.quantisation and "bitsandbytes" not in sys.modules:
                 self.process += LIBRARY
-        self.scores = [_SCORE * f.parameters for f in measured.footprints]
+        self.scores = [_SCORE * f.parameters if scored else 0 for f in measured.footprints]
 
     def head_sizes(self) -> list[int | None]:
         """Rows of the head at a time, the most first. Half as many are worth a try each."""
@@ -147,7 +148,7 @@ class Needs:
         outermost = [
             s for s in shapes if not any(o != s and o[0] >= s[0] and o[1] >= s[1] for o in shapes)
         ]
-        found = [measure(self.stream, shape) for shape in outermost]
+        found = [measure(self.stream, shape, scored=self.scored) for shape in outermost]
         footprints = [max(same, key=lambda f: f.backward) for same in zip(*found, strict=True)]
         recordings = [record(self.stream, shape) for shape in shapes]
         row = self.width * self.itemsize

@@ -67,6 +67,18 @@ class Visitor:
         """Around one micro-batch's forward with graph and its backward."""
         return nullcontext()
 
+    def boundary(
+        self, index: int, batch: Batch, hidden: torch.Tensor, gradient: torch.Tensor, scale: float
+    ) -> None:
+        """One micro-batch's hidden states that go into block `index`, and the gradient by them.
+
+        In that block's backward; of those out of the last block, whose index is the number of
+        blocks, in the tail. A block that is loaded again shows its own once more.
+
+        Args:
+            hidden, gradient: [B, T, D], not to be changed; the gradient multiplied by `scale`.
+        """
+
     def finished(self, index: int, block: nn.Module) -> None:
         """In the backward, after a block's last micro-batch; its weights are still resident."""
 
@@ -358,11 +370,13 @@ class Pass:
             self.resident,
             self.visitor.last_gradients,
         )
-        for number, gradient in gradients:
-            names = self.stream.last_names
-            self._check(gradient, self.batches[number], "the head", names, "gradients")
+        for number, hidden, gradient in gradients:
+            batch, names = self.batches[number], self.stream.last_names
+            self._check(gradient, batch, "the head", names, "gradients")
+            self.visitor.boundary(last, batch, hidden, gradient, self.readout.scale)
             self.store.put(_gradient(last), number, gradient)
             largest = max(largest, self._size(gradient))
+            del hidden, gradient  # before the next ones are made
         self._exponents[last] = round(math.log2(self.readout.scale))
         saved = {}
         if self.progress is not None:
@@ -426,6 +440,8 @@ class Pass:
                 torch.autograd.backward(output, gradient * 2.0**shift if shift else gradient)
                 del output
             self._check(hidden.grad, batch, where, names, "gradients")
+            scale = 2.0 ** self._exponents[index]
+            self.visitor.boundary(index, batch, hidden.detach(), hidden.grad, scale)
             self.store.put(_gradient(index), number, hidden.grad)
             largest = max(largest, self._size(hidden.grad))
         return largest

@@ -93,7 +93,7 @@ class Readout:
         hidden: Callable[[int], torch.Tensor],
         resident: Callable[..., AbstractContextManager],
         last_gradients: Callable[[str, dict[str, torch.Tensor]], None],
-    ) -> Iterator[tuple[int, torch.Tensor]]:
+    ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """Loss of every sample, and its gradient by the last hidden states, scaled.
 
         Args:
@@ -102,7 +102,8 @@ class Readout:
             last_gradients: given each sample's id and {name: gradient} of the final norm, not
                             scaled, fp32.
         Yields:
-            (micro-batch number, [B, T, D] in hidden's dtype, zero in rows without a target).
+            (micro-batch number, the hidden states, the gradient by them, [B, T, D] in their dtype
+            and zero in rows without a target).
         Raises:
             NonFiniteError: a loss that is not finite.
             InputError: logits that the model itself computes otherwise.
@@ -115,11 +116,8 @@ class Readout:
                         inputs = self._inputs(number, batch, hidden(number))
                         through = self._sweep(number, inputs, 0, gradients=True)
                         self._book_losses(number, batch)
-                        yield (
-                            number,
-                            self._through_norm(
-                                number, batch, hidden(number), through, last_gradients
-                            ),
+                        yield self._through_norm(
+                            number, batch, hidden(number), through, last_gradients
                         )
                 return
             for number, batch in enumerate(batches):
@@ -135,10 +133,7 @@ class Readout:
                         self._sweep_part(number, first, gradients)
             for number, batch in enumerate(batches):
                 through = self.store.get("readout-gradient", number).to(self.stream.dtype)
-                yield (
-                    number,
-                    self._through_norm(number, batch, hidden(number), through, last_gradients),
-                )
+                yield self._through_norm(number, batch, hidden(number), through, last_gradients)
             self.store.drop("readout-gradient")
 
     def head_gradients(
@@ -260,8 +255,8 @@ class Readout:
         hidden: torch.Tensor,
         through: torch.Tensor,
         last_gradients: Callable[[str, dict[str, torch.Tensor]], None],
-    ) -> torch.Tensor:
-        """[B, T, D]: the gradient by the hidden states from that by the head's inputs [M, D]."""
+    ) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """What `backward` yields, from the gradient by the head's inputs [M, D]."""
         gradient = torch.zeros_like(hidden)
         parameters = dict(self._norm.named_parameters())
         bounds = self._rows[number].segments.tolist()
@@ -277,7 +272,7 @@ class Readout:
                 names = self._norm_names.values()
                 found = (g.float() / self.scale for g in grads[1:])
                 last_gradients(sample, dict(zip(names, found, strict=True)))
-        return gradient
+        return number, hidden, gradient
 
     def _book_losses(self, number: int, batch: Batch) -> None:
         rows = self._rows[number]
