@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 VARIANTS = ("frames", "least-squares")
 CHUNK_BYTES = 2**25  # of the wider head's rows in float64, looked at at once
 _COPIES = 6  # of such a chunk: read, in float64, through each factor, scaled
+_LIBRARIES = 2**26  # what BLAS and LAPACK keep for themselves
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,11 +174,15 @@ def _joined(
         else:
             own.mul_(_inverse_lengths(own))
         sums.addmm_(own.T, target)
-    if least_squares:
-        factor, *_ = factored(weighted)
-        solved = factor.divide_transposed(factor.divide(sums.T)).T
-        sums = bases[1].restored(solved)
-    return sums.float().cpu().contiguous()
+    if not least_squares:
+        return sums.float().cpu()
+    factor, *_ = factored(weighted)
+    matrix = torch.empty(ours.width, theirs.width)
+    for start in range(0, theirs.width, chunk):
+        columns = sums[:, start : start + chunk]
+        solved = factor.divide_transposed(factor.divide(columns.T)).T
+        matrix[:, start : start + chunk] = bases[1].restored(solved)
+    return matrix
 
 
 def _inverse_lengths(rows: torch.Tensor) -> torch.Tensor:
@@ -195,14 +200,16 @@ def map_bytes(
 ) -> int:
     """The most memory that `build_map` takes, whatever the vocabulary, the models' own apart.
 
-    The headers of their checkpoints are enough. Float64 throughout; a basis is two matrices
-    [D, D], and its making four: a Gram matrix, its factor, and what an eigen-decomposition takes
-    beside them.
+    The headers of their checkpoints are enough. In float64, a basis is two matrices [D, D] at the
+    most; its making takes four: a Gram matrix, and what its eigen-decomposition has beside it.
     """
     d_t, d_s = (stream.checkpoint.shape(stream.head_name)[1] for stream in (teacher, student))
-    work = _COPIES * chunk_bytes
-    own = d_s * d_s * (variant == "least-squares")
-    joining = 2 * d_t**2 + 2 * d_s**2 + d_s * d_t + own
-    solving = joining + max(own, d_s * d_t)
-    factoring = max(4 * d_t**2, 2 * d_t**2 + 4 * d_s**2)
-    return 8 * max(factoring, joining, solving) + work
+    square_t, square_s, oblong = 8 * d_t * d_t, 8 * d_s * d_s, 8 * d_s * d_t
+    chunks = _COPIES * chunk_bytes
+    making = chunks + max(4 * square_t, 2 * square_t + 4 * square_s)
+    both = 2 * square_t + 2 * square_s + oblong  # the bases and the sum
+    joining, closing = both + chunks, both + oblong // 2  # the result beside it, in float32
+    if variant == "least-squares":
+        joining += square_s
+        closing += max(4 * square_s, 2 * square_s + chunks)
+    return max(making, joining, closing) + _LIBRARIES

@@ -7,6 +7,7 @@ import logging
 import model_zoo as zoo
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 from semantics import Largest, byte_level, llama_with, random_head, sentencepiece, stream_of
 
@@ -185,6 +186,25 @@ def test_from_files_as_from_memory(tmp_path):
     assert torch.equal(found.matrix, built(*models).matrix)
     theirs, ours = (frame(model.float(), torch.arange(259)) for model in models)
     assert error(found.matrix, ours @ theirs.T) < 1e-6
+
+
+def test_a_head_quantised_to_four_bits(tmp_path):
+    student = zoo.build("llama", hidden=64, ffn=96)
+    folder = zoo.save(student, tmp_path / "model")
+    settings = hf.BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=["none"])
+    teacher = hf.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=settings, device_map={"": "cpu"}
+    )
+    assert type(teacher.lm_head).__name__ == "Linear4bit"
+    streams = [StreamedModel(Checkpoint.open(m), dtype=torch.float32) for m in (teacher, student)]
+    found = build_map(*streams, same(259), variant="least-squares", show=False)
+    # four bits of the teacher's head away from the student's, so from the identity
+    assert 1e-3 < (found.matrix - torch.eye(64)).abs().max() < 0.1
+    decoded = copy.deepcopy(student)
+    weight = streams[0].fetch([streams[0].head_name])[streams[0].head_name]
+    decoded.lm_head.weight.data.copy_(weight)
+    expected = built(decoded, student, variant="least-squares").matrix
+    assert torch.allclose(found.matrix, expected, atol=1e-6)
 
 
 def test_apply():

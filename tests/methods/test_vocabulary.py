@@ -3,8 +3,9 @@
 
 import model_zoo as zoo
 import pytest
+import transformers as hf
 from semantics import byte_level, sentencepiece, wrapped
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pkt_ext.methods.vocabulary import shared_vocabulary
 
@@ -65,6 +66,42 @@ def test_added_tokens_are_written_as_they_are():
     teacher = byte_level("Ġx", added=("    ", "naïve"))
     pairs = paired(teacher, sentencepiece("▁▁▁▁", "naïve", "▁x"))
     assert pairs["    "] == "▁▁▁▁" and pairs["naïve"] == "naïve" and pairs["Ġx"] == "▁x"
+
+
+def as_published(name: str):
+    """A tokenizer of this family by transformers' own class, of few tokens."""
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = {
+        "Qwen2": [*sorted(pre_tokenizers.ByteLevel.alphabet()), "Ġthe", "Ã©"],
+        "GPTNeoX": ["Ã©", "Ġthe", *sorted(pre_tokenizers.ByteLevel.alphabet())],
+        "Llama": ["<unk>", "<s>", "</s>", *bytes_, "▁the", "é", "▁", "A"],
+        "Gemma": ["<pad>", "<eos>", "<bos>", "<unk>", *bytes_, "▁", "é", "▁▁", "▁the", "A"],
+    }[name]
+    return getattr(hf, f"{name}Tokenizer")(vocab={t: i for i, t in enumerate(tokens)}, merges=[])
+
+
+@pytest.mark.parametrize(
+    "names, count",
+    [
+        (("Qwen2", "Llama"), 256 + 2 + 1),  # the ends; nothing begins or fills up a text of Qwen
+        (("Gemma", "GPTNeoX"), 256 + 2 + 2),  # and <pad>
+        (("Llama", "Gemma"), 256 + 2 + 3),
+        (("Qwen2", "GPTNeoX"), 256 + 2 + 1),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
+)
+def test_families_as_transformers_has_them(names, count):
+    teacher, student = (as_published(name) for name in names)
+    pairs = paired(teacher, student)
+    texts = {"Ġthe": "▁the", "Ã©": "é", "A": "A", "Ġ": "▁"}
+    level = [name in ("Qwen2", "GPTNeoX") for name in names]
+    for byte_form, space_form in texts.items():
+        theirs, ours = (byte_form if one else space_form for one in level)
+        assert pairs[theirs] == ours
+    newline = ["Ċ" if one else "<0x0A>" for one in level]
+    assert pairs[newline[0]] == newline[1]
+    assert pairs[teacher.eos_token] == student.eos_token
+    assert len(pairs) == count
 
 
 @pytest.mark.parametrize("make", [zoo.tokenizer, sentencepiece, byte_level])
