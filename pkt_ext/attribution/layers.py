@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much a model's loss depends on what each of its blocks hands on: gradient x activation.
+"""How much a model's loss depends on what each of its blocks gives: gradient x activation.
 
     score_l = mean over samples of the mean over supervised positions t of
-              | sum over channels of  dloss/dh_l[t] * h_l[t] |
+              | sum over channels of  dloss/dh_l[t] * a_l[t] |
 
-h_l is what leaves block l, the residual stream included; a position is supervised where its next
+h_l is what leaves block l, the residual stream included; a_l is h_l itself ("output"), or what the
+block adds to the stream, h_l - h_(l-1) ("contribution"). A position is supervised where its next
 token carries loss. A sample's loss is its mean cross-entropy, so every sample counts by a mean in
 both places: a long answer weighs no more than a short one, and other samples change nothing.
 
-A norm behind the last block hides how long that block's output is, so its sum over channels is zero
-up to rounding: in most models the last block never is a critical one.
+A norm behind the last block hides how long that block's output is: in most models the last block's
+score is zero up to rounding for "output", and it never is a critical one.
 
 Source: SemAlign, arXiv 2510.24208 v1, which takes Captum's layer gradient x activation and does not
 say how it is made one number; the sum, the absolute value and the means are our choice.
@@ -23,6 +24,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from pkt_ext.errors import InputError
 from pkt_ext.streaming.batches import Batch, Sample
 from pkt_ext.streaming.blocks import StreamedModel
 from pkt_ext.streaming.budget import Allotment
@@ -30,6 +32,7 @@ from pkt_ext.streaming.meter import PassReport
 from pkt_ext.streaming.passes import Pass, Visitor
 from pkt_ext.streaming.progress import Progress
 
+INTERFACES = ("output", "contribution")
 _PIECE = 2**18  # products at once, in float64: little beside what a block's backward takes
 
 
@@ -37,6 +40,7 @@ def block_attribution(
     stream: StreamedModel,
     samples: Sequence[Sample],
     *,
+    interface: str = "output",
     allotment: Allotment | None = None,
     progress: Progress | None = None,
     show: bool = True,
@@ -48,6 +52,7 @@ def block_attribution(
     is `durable` where there is a progress.
 
     Args:
+        interface: one of `INTERFACES`.
         allotment: how memory is shared out; None: one sample at a time, and everything that was
                    read stays. The scores depend on it by rounding only.
         progress:  of this pass alone, to go on from where it was interrupted and to add to.
@@ -57,67 +62,101 @@ def block_attribution(
         float64 [L], on the CPU; in nats, as the loss.
     Raises:
         NonFiniteError: NaN or infinity anywhere, by block and sample.
-        InputError: bad samples, an unsupported model.
+        InputError: bad samples, an unsupported model, an unknown interface.
         ResourceError: no disk space for the activations.
     """
+    if interface not in INTERFACES:
+        raise InputError(f"interface is {interface!r}; choose one of {', '.join(INTERFACES)}")
     batches = stream.batches(samples, allotment.micro_batch if allotment else 1)
-    scores = _Scores(len(samples), progress)
+    visitor = _Outputs if interface == "output" else _Contributions
+    scores = visitor(len(samples), progress)
     with Pass(stream, batches, scores, allotment=allotment, progress=progress, show=show) as run:
         run.run()
         on_report(run.report())
-    found = [scores.of_block(index) for index in range(len(stream.block_names))]
+    found = [scores.score(index) for index in range(len(stream.block_names))]
     return torch.tensor(found, dtype=torch.float64)
 
 
 class _Scores(Visitor):
-    """Adds up a boundary's samples; a complete one is recorded before the pass records its step."""
+    """Collects the samples' scores; a block's is recorded before the pass records the step."""
 
     def __init__(self, samples: int, progress: Progress | None):
         self._samples, self._progress = samples, progress
-        self._seen: dict[int, list[float]] = {}  # boundary -> a score for each sample so far
+        self._found: dict[int, list[float]] = {}  # block -> a score for each sample so far
+
+    def score(self, block: int) -> float:
+        """Of this run, or of an interrupted one that went further."""
+        if block in self._found:
+            return math.fsum(self._found[block]) / self._samples  # exact in any order of them
+        return self._progress.find(f"score {block}")["score"]
+
+    def _add(self, block: int, products: list[torch.Tensor]) -> None:
+        """Take in some samples, float64 [n] each."""
+        found = self._found.setdefault(block, [])
+        found += [float(each.abs().mean()) for each in products]
+        if len(found) == self._samples and self._progress is not None:
+            self._progress.record(f"score {block}", score=self.score(block))
+
+
+class _Outputs(_Scores):
+    """Scores of what leaves the blocks."""
 
     def loaded(self, index: int, block: nn.Module, scale: float) -> None:
         """Forget what an attempt at this block has found that did not come to its end."""
-        self._seen.pop(index, None)
+        self._found.pop(index - 1, None)
 
     def boundary(
         self, index: int, batch: Batch, hidden: torch.Tensor, gradient: torch.Tensor, scale: float
     ) -> None:
-        """Score one micro-batch behind block `index - 1`."""
-        if index == 0:
-            return
-        sums, counts = [], []
-        for row in range(len(batch.ids)):
-            positions, _ = batch.targets(row)
-            sums.append(_strength(hidden[row], gradient[row], positions))
-            counts.append(len(positions))
-        found = torch.stack(sums).tolist()
-        seen = self._seen.setdefault(index, [])
-        seen += [total / count / scale for total, count in zip(found, counts, strict=True)]
-        if len(seen) == self._samples and self._progress is not None:
-            self._progress.record(_step(index), score=self._mean(index))
-
-    def of_block(self, index: int) -> float:
-        """The score of one block, of this run or of an interrupted one that went further."""
-        boundary = index + 1
-        if boundary in self._seen:
-            return self._mean(boundary)
-        return self._progress.find(_step(boundary))["score"]
-
-    def _mean(self, boundary: int) -> float:
-        return math.fsum(self._seen[boundary]) / self._samples  # exact in any order of the samples
+        """Score one micro-batch of what leaves block `index - 1`."""
+        if index:
+            self._add(index - 1, _products(batch, hidden, gradient, scale))
 
 
-def _step(boundary: int) -> str:
-    return f"attribution {boundary}"
+class _Contributions(_Scores):
+    """Scores of what the blocks add: products with what leaves them, less with what goes in."""
+
+    def __init__(self, samples: int, progress: Progress | None):
+        super().__init__(samples, progress)
+        # boundary -> sample -> float64 [n]; one boundary waits for the block before it
+        self._behind: dict[int, dict[str, torch.Tensor]] = {}
+
+    def loaded(self, index: int, block: nn.Module, scale: float) -> None:
+        """Forget what an attempt at this block has found that did not come to its end."""
+        self._found.pop(index, None)
+        self._behind.pop(index, None)
+        if index + 1 not in self._behind:  # an interrupted run has been there
+            line = self._progress.find(f"products {index + 1}")
+            self._behind[index + 1] = self._progress.load(line["saved"]["products"])
+
+    def boundary(
+        self, index: int, batch: Batch, hidden: torch.Tensor, gradient: torch.Tensor, scale: float
+    ) -> None:
+        """Keep one micro-batch's products of what leaves block `index - 1`."""
+        self._behind.pop(index + 2, None)
+        behind = self._behind.setdefault(index, {})
+        behind |= zip(batch.ids, _products(batch, hidden, gradient, scale), strict=True)
+        if len(behind) == self._samples and self._progress is not None:
+            saved = self._progress.save(f"products-{index}", behind)
+            self._progress.record(f"products {index}", saved={"products": saved})
+
+    def crossing(
+        self, index: int, batch: Batch, hidden: torch.Tensor, gradient: torch.Tensor, scale: float
+    ) -> None:
+        """Score one micro-batch of what block `index` adds."""
+        into = _products(batch, hidden, gradient, scale)
+        behind = (self._behind[index + 1][name] for name in batch.ids)
+        self._add(index, [out - less for out, less in zip(behind, into, strict=True)])
 
 
-def _strength(
-    hidden: torch.Tensor, gradient: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
-    """Sum over positions of |sum over channels of the product|, float64 []; of [T, D] each."""
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    for some in positions.split(max(1, _PIECE // hidden.shape[1])):
-        products = hidden[some].double() * gradient[some].double()
-        total += products.sum(1).abs().sum()
-    return total
+def _products(
+    batch: Batch, hidden: torch.Tensor, gradient: torch.Tensor, scale: float
+) -> list[torch.Tensor]:
+    """Sums over channels at each sample's supervised positions, float64 [n] each, on the CPU."""
+    found, counts = [], []
+    for row in range(len(batch.ids)):
+        positions, _ = batch.targets(row)
+        counts.append(len(positions))
+        for some in positions.split(max(1, _PIECE // hidden.shape[2])):
+            found.append((hidden[row, some].double() * gradient[row, some].double()).sum(1))
+    return list((torch.cat(found) / scale).cpu().split(counts))

@@ -10,7 +10,7 @@ from 0 to 1, the same for X Q (Q orthogonal) and for c X. With fewer rows than c
 near a multiple of the identity, and all layers look alike. The debiased estimate leaves the
 diagonals out; it may be a little below 0 where nothing is alike.
 
-Layers whose rows are all the same resemble nothing: 0, and not the 0 / 0 of the formula.
+Layers whose rows are all the same, as a single one is, resemble nothing: 0, and not 0 / 0.
 
 Source: Kornblith et al., ICML 2019 (arXiv 1905.00414); debiased: Song et al., JMLR 2012, HSIC_1.
 """
@@ -47,7 +47,7 @@ def cka_matrix(
         ValueError: different numbers of rows, too few of them, or rows that are not finite.
     """
     rows = {len(x) for x in (*ours, *theirs)}
-    least = 4 if debiased else 2
+    least = 4 if debiased else 1
     if len(rows) != 1 or min(rows) < least:
         raise ValueError(f"layers must have one number of rows, at least {least}, got {rows}")
     if not all(torch.isfinite(x).all() for x in (*ours, *theirs)):

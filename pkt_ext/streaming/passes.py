@@ -79,6 +79,14 @@ class Visitor:
             hidden, gradient: [B, T, D], not to be changed; the gradient multiplied by `scale`.
         """
 
+    def crossing(
+        self, index: int, batch: Batch, hidden: torch.Tensor, gradient: torch.Tensor, scale: float
+    ) -> None:
+        """The same that go into block `index`, and the gradient by what it makes of them.
+
+        In that block's backward, before `boundary`; arguments as there.
+        """
+
     def finished(self, index: int, block: nn.Module) -> None:
         """In the backward, after a block's last micro-batch; its weights are still resident."""
 
@@ -434,6 +442,8 @@ class Pass:
         for number, batch in enumerate(self.batches):
             hidden = self.store.get(_hidden(index), number).detach().requires_grad_()
             gradient = self.store.get(_gradient(index + 1), number)
+            behind = 2.0 ** self._exponents[index + 1]
+            self.visitor.crossing(index, batch, hidden.detach(), gradient, behind)
             with self.visitor.backward(index, block, batch), torch.enable_grad():
                 call = partial(self._call, index, number, hidden)
                 output = self._recompute(block, call)
