@@ -67,7 +67,8 @@ class SemanticMap:
         """The student's vectors for the teacher's states, in float32.
 
         Args:
-            states:    [..., D_t], on the matrix's device.
+            states:    [..., D_t]. On another device than the matrix, that is copied there each
+                time: see `to`.
             normalise: divide each state by its length first, as (A5) does; zeros stay zeros.
         Returns:
             float32 [..., D_s].
@@ -75,7 +76,7 @@ class SemanticMap:
         states = states.float()
         if normalise:
             states = unit(states)
-        return states @ self.matrix.T
+        return states @ self.matrix.to(states.device).T
 
 
 def unit(rows: torch.Tensor) -> torch.Tensor:
