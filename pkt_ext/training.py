@@ -101,7 +101,10 @@ def run_trainer(
         trainer = make(arguments)
         trainer.add_callback(watch)
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        try:
+            trainer.train()
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{what}{error}") from error
     return trainer
 
 
@@ -120,9 +123,8 @@ def _watch(steps: int, report: dict, what: str, *, lines: bool, scaled: bool):
             for key in ("loss",) if scaled else ("loss", "grad_norm"):
                 if not math.isfinite(logs.get(key, 0.0)):
                     raise NonFiniteError(
-                        f"{what}{key.replace('_', ' ')} is {logs[key]} at step "
-                        f"{state.global_step}; lower --learning-rate, or check the student's "
-                        "weights and --dtype"
+                        f"{key.replace('_', ' ')} is {logs[key]} at step {state.global_step}; "
+                        "lower --learning-rate, or check the student's weights and --dtype"
                     )
             for key, name in _REPORTED.items():
                 if key in logs:

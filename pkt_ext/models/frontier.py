@@ -48,7 +48,7 @@ def activations(
         hidden:    [B, T, D], what this block is given, any float dtype and device; the blocks
             before do not run. None: they do.
         outputs:   False stops behind the block, without the blocks after it.
-        recompute: let the backward pass compute the blocks from `block` on anew.
+        recompute: let the backward pass compute anew the blocks that run.
     Returns:
         Activations, with a graph where anything that ran requires grad.
     Raises:
@@ -58,7 +58,8 @@ def activations(
     student = unwrapped(model)
     blocks = [student.get_submodule(path) for path in anatomy.blocks]
     shape = torch.Size([*input_ids.shape, anatomy.hidden_size])
-    _check(block, len(blocks), hidden, shape, outputs)
+    check_block(anatomy, block)
+    _check(block, hidden, shape, outputs)
     found: list[torch.Tensor] = []
 
     def pass_on(_, given: torch.Tensor, *rest):
@@ -77,11 +78,12 @@ def activations(
             raise _Stop
         return result
 
+    skipped = blocks[:block] if hidden is not None else []
     last = None
-    with recomputed(blocks[block or 0 :] if recompute else [], random=True):
+    with recomputed(blocks[len(skipped) :] if recompute else [], random=True):
         run = blocks[block or 0].forward
         with (
-            replaced(blocks[:block] if hidden is not None else [], pass_on),
+            replaced(skipped, pass_on),
             replaced([] if block is None else [blocks[block]], watch),
         ):
             try:
@@ -132,7 +134,7 @@ def padded(items: Sequence[Mapping]) -> tuple[torch.Tensor, torch.Tensor | None]
     Raises:
         InputError: some items have a hidden state and others have not, or one of another length.
     """
-    ids = [item["input_ids"] for item in items]
+    ids = [torch.as_tensor(item["input_ids"]) for item in items]
     states = [item.get("hidden") for item in items]
     tokens = pad_sequence(ids, batch_first=True)
     if all(state is None for state in states):
@@ -147,9 +149,14 @@ def unwrapped(model) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _check(block, count: int, hidden, shape: torch.Size, outputs: bool) -> None:
+def check_block(anatomy: Anatomy, block: int | None) -> None:
+    """Raise InputError where there is no such block."""
+    count = len(anatomy.blocks)
     if block is not None and not 0 <= block < count:
         raise InputError(f"block {block} is not one of the student's {count}, 0 to {count - 1}")
+
+
+def _check(block: int | None, hidden, shape: torch.Size, outputs: bool) -> None:
     if block is None and (hidden is not None or not outputs):
         raise InputError("a hidden state, or an end before the head, needs a block")
     if hidden is not None and hidden.shape != shape:
