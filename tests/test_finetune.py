@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pkt_ext import artifact, baselines, lora
+from pkt_ext import artifact, baselines, lora, settings
 from pkt_ext import finetune as module
 from pkt_ext.adapter import Factor, matrix_shape
 from pkt_ext.errors import InputError, ResourceError
@@ -366,8 +366,9 @@ def test_bad_input(shop, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="--device cpu"):
             run(shop, out, config=replace(QUICK, device=device))
     with monkeypatch.context() as two_cards:
-        two_cards.setattr(module, "find_device", torch.device)
-        assert module._device("cuda:0") == module._device("cuda") == "cuda"
+        two_cards.setattr(settings, "find_device", torch.device)
+        for device in ("cuda", "cuda:0"):
+            assert settings.trainer_device(device).type == "cuda"
         with pytest.raises(InputError, match="CUDA_VISIBLE_DEVICES=1 and"):
             run(shop, out, config=replace(QUICK, device="cuda:1"))
     find = module.importlib.util.find_spec
