@@ -19,6 +19,8 @@ _PUBLIC = {
     "data": "pkt_ext.data",
     "seeking": "pkt_ext.methods.seeking",
     "laten": "pkt_ext.methods.laten",
+    "semalign": "pkt_ext.methods.semalign",
+    "objectives": "pkt_ext.objectives",
     "finetune": "pkt_ext.finetune",
     "artifact": "pkt_ext.artifact",
     "errors": "pkt_ext.errors",

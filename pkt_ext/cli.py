@@ -149,6 +149,33 @@ KeepCheckpoints = Annotated[
     ),
 ]
 
+# of SemAlign
+Objective = Annotated[
+    str | None,
+    _option(
+        "--objective",
+        default="cosine",
+        help="cosine, fisher or geometry; baselines: finetune, distillation.",
+    ),
+]
+Schedule = Annotated[
+    str | None,
+    _option(
+        "--schedule",
+        help="pairs (critical blocks) or frontier (every block) [default: the objective's].",
+    ),
+]
+Critical = Annotated[
+    int | None, _option("--critical", default=4, help="Teacher blocks that pairs are made for.")
+]
+Train = Annotated[
+    str | None, _option("--train", default="lora", help="lora, or block: its own weights.")
+]
+PhaseSteps = Annotated[
+    int | None,
+    _option("--steps", help="Optimiser steps of a phase [default: 50; of pairs, by --epochs]."),
+]
+
 # of a training
 Batch = Annotated[
     int | None, _option("--batch", "--batch_size", default=64, help="Rows a step averages.")
@@ -156,6 +183,14 @@ Batch = Annotated[
 FourBit = Annotated[
     bool | None,
     _option("--load-in-4bit/--no-load-in-4bit", default=False, help="NF4 by bitsandbytes."),
+]
+Inputs = Annotated[
+    bool | None,
+    _option(
+        "--train-on-inputs/--no-train-on-inputs",
+        default=False,
+        help="Take the loss on prompts too.",
+    ),
 ]
 Checkpointing = Annotated[
     bool | None,
@@ -342,14 +377,7 @@ def laten_command(
         int | None,
         _option("--max-length", "--cutoff_len", default=1024, help="Tokens of a row."),
     ] = None,
-    train_on_inputs: Annotated[
-        bool | None,
-        _option(
-            "--train-on-inputs/--no-train-on-inputs",
-            default=False,
-            help="Take the loss on prompts too.",
-        ),
-    ] = None,
+    train_on_inputs: Inputs = None,
     prompt_format: Format = None,
     dtype: Annotated[
         str | None,
@@ -373,6 +401,118 @@ def laten_command(
 ) -> None:
     """Translate a teacher's knowledge neurons into changes of the student (LaTen, ACL 2025)."""
     verbs.laten(_settings(ctx))
+
+
+@app.command("semalign")
+def semalign_command(
+    ctx: typer.Context,
+    teacher: Teacher = None,
+    student: Student = None,
+    data: Data = None,
+    holdout: Annotated[
+        str | None, _option("--holdout", help="JSON lines: rows to look at only.")
+    ] = None,
+    unrelated: Annotated[
+        str | None, _option("--unrelated", help="JSON lines: rows whose perplexity is looked at.")
+    ] = None,
+    out: Out = None,
+    objective: Objective = None,
+    output: Annotated[
+        str | None,
+        _option("--output", help="onehot, kl, ce or none [default: the objective's]."),
+    ] = None,
+    beta: Annotated[
+        float | None, _option("--beta", default=1, help="Weight of the output loss.")
+    ] = None,
+    temperature: Annotated[
+        float | None, _option("--temperature", default=1, help="Of kl and fisher.")
+    ] = None,
+    schedule: Schedule = None,
+    pairing: Annotated[
+        str | None,
+        _option(
+            "--pairing",
+            help="published, attribution or similarity [default: the schedule's].",
+        ),
+    ] = None,
+    critical: Critical = None,
+    attribution_rows: Annotated[
+        int | None, _option("--attribution-rows", default=64, help="Rows to attribute by.")
+    ] = None,
+    interpolate: Annotated[
+        bool | None,
+        _option(
+            "--interpolate/--no-interpolate",
+            default=True,
+            help="Pairs: targets between two teacher blocks.",
+        ),
+    ] = None,
+    interface: Annotated[
+        str | None,
+        _option("--interface", help="contribution or output [default: the objective's]."),
+    ] = None,
+    map: Annotated[
+        str | None, _option("--map", help="frames or least-squares [default: the objective's].")
+    ] = None,
+    fold_norm: Annotated[
+        bool | None,
+        _option(
+            "--fold-norm/--no-fold-norm",
+            default=True,
+            help="The final norm's gain belongs to the head.",
+        ),
+    ] = None,
+    train: Train = None,
+    modules: Annotated[
+        str | None, _option("--modules", default="up,down,v,o", help="With LoRA on them.")
+    ] = None,
+    rank: Rank = None,
+    alpha: Annotated[float | None, _option("--alpha", default=16, help="LoRA alpha.")] = None,
+    dropout: Annotated[float | None, _option("--dropout", default=0, help="LoRA dropout.")] = None,
+    steps: PhaseSteps = None,
+    epochs: Annotated[
+        float | None, _option("--epochs", default=5, help="Pairs: passes over the rows a phase.")
+    ] = None,
+    batch: Batch = None,
+    micro_batch: MicroBatch = None,
+    learning_rate: Annotated[
+        float | None,
+        _option("--learning-rate", "--lr", help="Peak [default: 3e-4 of cosine, else 1e-4]."),
+    ] = None,
+    warmup: Annotated[
+        float | None, _option("--warmup", default=0.03, help="Share of steps the rate rises in.")
+    ] = None,
+    hold_out: Annotated[
+        float | None,
+        _option("--hold-out", default=0.1, help="Share of rows held out without --holdout."),
+    ] = None,
+    max_length: Annotated[
+        int | None, _option("--max-length", default=1024, help="Tokens kept of a row.")
+    ] = None,
+    train_on_inputs: Inputs = None,
+    prompt_format: Format = None,
+    dtype: Annotated[
+        str | None,
+        _option("--dtype", default="the checkpoints'", help="float32, bfloat16 or float16."),
+    ] = None,
+    device: Device = None,
+    budget: Budget = None,
+    gradient_checkpointing: Checkpointing = None,
+    map_cache: Annotated[
+        str | None,
+        _option("--map-cache", default="auto", help="Folder for maps; auto: the user's; none."),
+    ] = None,
+    seed: Annotated[
+        int | None, _option("--seed", default=42, help="Of start, order, what is held out.")
+    ] = None,
+    teacher_revision: TeacherRevision = None,
+    student_revision: StudentRevision = None,
+    overwrite: Overwrite = None,
+    resume: Resume = None,
+    config: Config = None,
+) -> None:
+    """Steer the student towards the teacher's hidden states (SemAlign, 2025 and 2026)."""
+    verbs.semalign(_settings(ctx))
 
 
 @app.command("finetune")

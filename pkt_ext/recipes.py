@@ -38,6 +38,10 @@ METHODS: dict[str, dict[str, Stage]] = {
         "align": Stage(verbs.laten, "delta", ("locate", "align"), ("holdout",)),
         "merge": _MERGE,
     },
+    "semalign": {
+        "steer": Stage(verbs.semalign, "adapter", ("data",), ("holdout", "unrelated")),
+        "merge": _MERGE,
+    },
 }
 STAGES = {name for stages in METHODS.values() for name in stages}
 
@@ -99,6 +103,8 @@ def _stage_settings(name: str, stage: Stage, content) -> dict:
         from pkt_ext.methods.seeking import SeekingConfig as Config
     elif name == "align":
         from pkt_ext.methods.laten import LatenConfig as Config
+    elif name == "steer":
+        from pkt_ext.methods.semalign import SemAlignConfig as Config
     else:
         from pkt_ext.finetune import FinetuneConfig as Config
     paths = stage.files + stage.optional

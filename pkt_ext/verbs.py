@@ -75,6 +75,41 @@ def laten(settings: dict) -> None:
     )
 
 
+def semalign(settings: dict) -> None:
+    """`pkt semalign` with its options as a mapping."""
+    teacher, student, data, out = take(settings, "teacher", "student", "data", "out")
+    paths = {
+        name: None if (given := settings.pop(name, None)) is None else str(given)
+        for name in ("holdout", "unrelated")
+    }
+    overwrite, resume = take_flag(settings, "overwrite"), take_flag(settings, "resume", True)
+    from pkt_ext.methods import semalign as method
+
+    report = method.align(
+        teacher,
+        student,
+        data,
+        out,
+        build_config(method.SemAlignConfig, settings),
+        **paths,
+        overwrite=overwrite,
+        resume=resume,
+        progress=progress(),
+    )
+    before, after = report["before"], report["after"]
+    moved = "no rows were held out to look at"
+    if after["kl"] is not None:
+        moved = (
+            f"KL to the teacher on held-out rows {before['kl']:.4f} before, {after['kl']:.4f} "
+            f"after, agreement {before['agreement']:.1%} and {after['agreement']:.1%}"
+        )
+    phases = len(report["losses"])
+    say(
+        f"{out}: {phases} {'phase' if phases == 1 else 'phases'}; {moved}; "
+        f"{sum(report['seconds'].values()):.1f} s"
+    )
+
+
 def finetune(settings: dict) -> None:
     """`pkt finetune` with its options as a mapping."""
     student, data, out = take(settings, "student", "data", "out")

@@ -22,6 +22,7 @@ from pkt_ext.errors import InputError, OutputBusyError, ResourceError
 from pkt_ext.finetune import FinetuneConfig
 from pkt_ext.methods.laten import LatenConfig
 from pkt_ext.methods.seeking import SeekingConfig
+from pkt_ext.methods.semalign_config import SemAlignConfig
 from pkt_ext.settings import build_config, read_yaml
 
 ROWS = [{"prompt": f"{i} and {i}?", "completion": str(2 * i)} for i in range(4)]
@@ -50,10 +51,15 @@ def shown_default(parameter):
 
 @pytest.mark.parametrize(
     ("verb", "config"),
-    [("seeking", SeekingConfig), ("finetune", FinetuneConfig), ("laten", LatenConfig)],
+    [
+        ("seeking", SeekingConfig),
+        ("finetune", FinetuneConfig),
+        ("laten", LatenConfig),
+        ("semalign", SemAlignConfig),
+    ],
 )
 def test_options_are_the_fields_of_the_configuration(verb, config):
-    paths = {"teacher", "student", "adapter", "data", "locate", "align", "holdout"}
+    paths = {"teacher", "student", "adapter", "data", "locate", "align", "holdout", "unrelated"}
     paths |= {"out", "overwrite", "resume", "config"}
     found = options(verb)
     assert found.keys() - paths == {f.name for f in dataclasses.fields(config)}
@@ -69,7 +75,8 @@ def test_help_is_quick_and_lists_the_verbs():
     start = time.perf_counter()
     done = subprocess.run([*PKT, "--help"], capture_output=True, text=True, check=True)
     assert time.perf_counter() - start < 2  # about 0.1 s; generous, the machine may be busy
-    for verb in "plan seeking laten finetune merge convert transfer demo verify info".split():
+    verbs = "plan seeking laten semalign finetune merge convert transfer demo verify info"
+    for verb in verbs.split():
         assert f"\n  {verb} " in done.stdout
     code = (
         "import sys, pkt_ext.cli; pkt_ext.cli.run(['--help']); "
@@ -361,7 +368,10 @@ def test_transfer_by_laten(pair, tmp_path, recipe):
         ({"extract": {"data": "absent.jsonl"}}, "absent.jsonl"),
         ({"extract": {}}, "extract: data is missing"),
         ({"extract": 3}, "extract is a int"),
-        ({"method": "magic", "extract": {}}, "method is 'magic'; known is seeking, laten"),
+        (
+            {"method": "magic", "extract": {}},
+            "method is 'magic'; known is seeking, laten, semalign",
+        ),
         ({"stages": {}}, "unknown option 'stages'"),
     ],
 )

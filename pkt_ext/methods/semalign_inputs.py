@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a SemAlign run needs, checked before anything is written or a weight is read.
+
+`config` is a `semalign_config.SemAlignConfig` throughout.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from pkt_ext import artifact
+from pkt_ext.data import Row, encode, read_rows
+from pkt_ext.errors import InputError
+from pkt_ext.methods.seeking_inputs import longest_row
+from pkt_ext.methods.students import check_gradients
+from pkt_ext.methods.vocabulary import SharedVocabulary, shared_vocabulary
+from pkt_ext.models.anatomy import Anatomy
+from pkt_ext.paired_data import PairedRows, encode_pairs
+from pkt_ext.settings import trainer_device
+from pkt_ext.streaming.batches import Sample, digest, with_distinct_ids
+from pkt_ext.streaming.blocks import StreamedModel
+from pkt_ext.streaming.checkpoint import Checkpoint
+
+HELD_OUT = 64  # rows at most, where none are given for that
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything checked; nothing is written and no weight is read yet. Pairs: teacher, student."""
+
+    streams: tuple[StreamedModel, StreamedModel]
+    shared: SharedVocabulary
+    rows: PairedRows  # to train on
+    held: PairedRows | None  # to look at
+    unrelated: list[Sample]  # of the student, every token is predicted
+    dropped: list[tuple[str, str]]
+
+    @property
+    def student(self) -> Checkpoint:
+        return self.streams[1].checkpoint
+
+    @property
+    def anatomies(self) -> tuple[Anatomy, Anatomy]:
+        return self.streams[0].anatomy, self.streams[1].anatomy
+
+
+def prepare(models, tokenizers, data, holdout, unrelated, config) -> Job:
+    revisions = config.teacher_revision, config.student_revision
+    checkpoints = [
+        Checkpoint.open(model, revision=revision)
+        for model, revision in zip(models, revisions, strict=True)
+    ]
+    streams = pair(checkpoints, config, trainer_device(config.device))
+    tokenizers = [t or s.checkpoint.tokenizer() for t, s in zip(tokenizers, streams, strict=True)]
+    shared = shared_vocabulary(*tokenizers, *(s.anatomy.vocab_size for s in streams))
+    length = min(longest_row(stream, config) for stream in streams)
+
+    def read(rows: list[Row]) -> PairedRows:
+        return encode_pairs(
+            rows,
+            *tokenizers,
+            shared.identical,
+            max_length=length,
+            prompt_format=config.prompt_format,
+            train_on_inputs=config.train_on_inputs,
+        )
+
+    rows = read_rows(data)
+    if holdout is None:
+        rows, kept = _split(rows, config)
+    else:
+        kept = read_rows(holdout)
+    found, held = _distinct(read(rows), read(kept) if kept else None)
+    dropped = [*found.dropped, *(held.dropped if held else ())]
+    return Job(streams, shared, found, held, _unrelated(unrelated, tokenizers[1], length), dropped)
+
+
+def pair(
+    checkpoints, config, device: torch.device, target: torch.device | None = None
+) -> tuple[StreamedModel, StreamedModel]:
+    """Both models on `device`.
+
+    Args:
+        target: the device that they will be on, where that is another one.
+    Raises:
+        InputError: models that cannot be streamed, or a student that cannot be trained.
+    """
+    teacher, student = (
+        StreamedModel(
+            checkpoint,
+            dtype=getattr(torch, config.dtype) if config.dtype else checkpoint.dtype,
+            device=device,
+        )
+        for checkpoint in checkpoints
+    )
+    check_gradients(student, target or device)
+    for stream in (teacher, student):
+        if stream.head.bias is not None:
+            raise InputError(
+                f"{stream.checkpoint.name}: its head has a bias, which no semantic basis knows of; "
+                "choose another model"
+            )
+    if config.train == "block" and student.checkpoint.quantisation:
+        raise InputError(
+            f"{student.checkpoint.name}: its weights are quantised, and cannot be trained "
+            "themselves; use --train lora"
+        )
+    return teacher, student
+
+
+def _split(rows: list[Row], config) -> tuple[list[Row], list[Row]]:
+    """(rows to train on, rows to look at), drawn by the seed, each in its order."""
+    count = min(math.ceil(config.hold_out * len(rows)), HELD_OUT, len(rows) - 1)
+    drawn = set(random.Random(config.seed).sample(range(len(rows)), count))
+    parts = [row for i, row in enumerate(rows) if i not in drawn], sorted(drawn)
+    return parts[0], [rows[i] for i in parts[1]]
+
+
+def _distinct(rows: PairedRows, held: PairedRows | None) -> tuple[PairedRows, PairedRows | None]:
+    """With ids that occur once in both together."""
+    if held is None:
+        found = [with_distinct_ids(side) for side in (rows.teacher, rows.student)]
+        return replace(rows, teacher=found[0], student=found[1]), None
+    count = len(rows.teacher)
+    theirs = with_distinct_ids([*rows.teacher, *held.teacher])
+    ours = with_distinct_ids([*rows.student, *held.student])
+    return (
+        replace(rows, teacher=theirs[:count], student=ours[:count]),
+        replace(held, teacher=theirs[count:], student=ours[count:]),
+    )
+
+
+def _unrelated(source, tokenizer, length: int) -> list[Sample]:
+    if source is None:
+        return []
+    found = encode(read_rows(source), tokenizer, max_length=length, prompt_format="plain")
+    whole = [replace(sample, labels=sample.input_ids) for sample in found.samples]
+    return with_distinct_ids(whole)
+
+
+def run_record(job: Job, data, holdout, unrelated, config) -> dict:
+    models = (stream.checkpoint for stream in job.streams)
+    inputs = {
+        who: artifact.fingerprint(model.folder or model.name)
+        for who, model in zip(("teacher", "student"), models, strict=True)
+    }
+    for name, source in (("data", data), ("holdout", holdout), ("unrelated", unrelated)):
+        if isinstance(source, str | os.PathLike):
+            inputs[name] = artifact.fingerprint(source)
+    return {
+        "paradigm": None if config.baseline else "activation",
+        "method": "semalign",
+        "config": asdict(config),
+        "inputs": inputs,
+    }
+
+
+def state(job: Job, config, run: dict) -> dict:
+    """What the progress of a run belongs to; neither a budget nor a cache changes a result."""
+    sides = [part for part in (job.rows, job.held) if part is not None]
+    samples = [sample for part in sides for sample in (*part.teacher, *part.student)]
+    return {
+        "config": asdict(replace(config, budget=None, map_cache="auto")),
+        "inputs": run["inputs"],
+        "samples": digest([*samples, *job.unrelated]),
+        "dtypes": [str(stream.dtype) for stream in job.streams],
+        "device": job.streams[0].device.type,
+        "versions": artifact.versions(),
+    }

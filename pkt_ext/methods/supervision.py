@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The passes over the teacher: which of its blocks matter, and what the student is steered by.
+
+Each is one streamed pass within the budget; its result is kept for a resumed run.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from pkt_ext.attribution.layers import block_attribution
+from pkt_ext.methods.semalign_inputs import Job
+from pkt_ext.methods.semantic_map import SemanticMap
+from pkt_ext.methods.similarity import cka_matrix
+from pkt_ext.methods.targets import PIECE, Phase, Places, layer_paths, make_targets, watched
+from pkt_ext.streaming.batches import Batch, Sample
+from pkt_ext.streaming.blocks import StreamedModel
+from pkt_ext.streaming.budget import fit, parse_bytes
+from pkt_ext.streaming.meter import PassReport
+from pkt_ext.streaming.needs import Prediction
+from pkt_ext.streaming.passes import Pass, Visitor
+from pkt_ext.streaming.progress import Progress
+from pkt_ext.streaming.rows import RowFile
+
+OBSERVED = 512  # positions at which blocks are compared by CKA, at most
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """What training needs of the teacher, in files."""
+
+    places: Places  # of the rows to train on, then those held out
+    layers: list[RowFile]  # mapped vectors [M, D_s], by phase
+    output: RowFile | None  # the teacher's head inputs [M, D_t]
+    seen: dict[int, RowFile]  # teacher block -> its rows [n, D_t] at the held-out positions
+    passes: dict[str, dict]  # what they cost
+
+
+class Observer:
+    """Keeps what blocks give at the first positions of some samples, a file for each block.
+
+    Args:
+        samples, positions: whose rows; int64 [m] each.
+        folder, name: the files are `<name>-<block>.activations`.
+        width:     D.
+        blocks:    which; None: all.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        positions: Sequence[torch.Tensor],
+        folder: Path,
+        name: str,
+        width: int,
+        blocks: set[int] | None = None,
+    ):
+        left, some = OBSERVED, []
+        for each in positions:
+            some.append(each[:left])
+            left -= len(some[-1])
+        self.places = Places.of(samples, some)
+        self.files: dict[int, RowFile] = {}
+        self._folder, self._name, self._width, self._blocks = folder, name, width, blocks
+
+    def file(self, block: int) -> RowFile:
+        """Of one block, whether it is there or not."""
+        path = self._folder / f"{self._name}-{block:04}.activations"
+        return RowFile(path, (self.places.total, self._width), torch.float32)
+
+    def take(self, block: int, batch: Batch, hidden: torch.Tensor) -> None:
+        """Of one micro-batch [B, T, D]; samples that are not looked at are passed over."""
+        if self._blocks is not None and block not in self._blocks:
+            return
+        if block not in self.files:
+            self.files[block] = self.file(block).create()
+        for first, rows in self.places.rows(batch, hidden):
+            self.files[block].write(first, rows)
+
+
+class _Watcher(Visitor):
+    """Shows an observer every block."""
+
+    def __init__(self, observer: Observer, interface: str):
+        self._observer, self._interface = observer, interface
+
+    @contextmanager
+    def forward(self, index: int, block: nn.Module, batch: Batch) -> Iterator[None]:
+        """Around one micro-batch's forward."""
+        with watched(block, self._interface) as seen:
+            yield
+        self._observer.take(index, batch, seen[0])
+
+
+def attribute(job: Job, config, kept: Progress, show: bool) -> torch.Tensor:
+    """Gradient x activation of every teacher block, float64 [L_t]."""
+    if line := kept.find("attribution"):
+        return torch.tensor(line["scores"], dtype=torch.float64)
+    samples = drawn(job.rows.teacher, config.attribution_rows, config.seed)
+    predicted = _fit(job.streams[0], samples, config, kept, "attribution", backward=True)
+    passed: list[PassReport] = []
+    scores = block_attribution(
+        job.streams[0],
+        samples,
+        allotment=predicted.allotment,
+        show=show,
+        on_report=passed.append,
+    )
+    kept.record("attribution", scores=scores.tolist(), cost=_cost(passed[0], predicted))
+    return scores
+
+
+def compare_blocks(job: Job, config, kept: Progress, show: bool) -> torch.Tensor:
+    """CKA of every student block with every teacher block, float64 [L_s, L_t], on the CPU.
+
+    On the held-out rows; without any, on those to train on.
+    """
+    if line := kept.find("similarity"):
+        return torch.tensor(line["matrix"], dtype=torch.float64)
+    rows = job.held or job.rows
+    files = []
+    for which, who in enumerate(("teacher", "student")):
+        stream, samples = job.streams[which], (rows.teacher, rows.student)[which]
+        positions = [pair[which] for pair in rows.positions]
+        width = stream.anatomy.hidden_size
+        observer = Observer(samples, positions, kept.folder, f"block-{who}", width)
+        predicted = _fit(stream, samples, config, kept, f"compare {who}")
+        batches = stream.batches(samples, predicted.allotment.micro_batch)
+        visitor = _Watcher(observer, config.interface_meant)
+        with Pass(stream, batches, visitor, allotment=predicted.allotment, show=show) as run:
+            run.forward()
+        files.append([observer.files[block] for block in range(len(stream.block_names))])
+    theirs, ours = files
+    matrix = cka_matrix([f.read() for f in ours], [f.read() for f in theirs])
+    kept.record("similarity", matrix=matrix.tolist())
+    for file in (*theirs, *ours):
+        file.remove()
+    return matrix
+
+
+def supervise(
+    job: Job,
+    config,
+    phases: Sequence[Phase],
+    carried: SemanticMap | None,
+    kept: Progress,
+    show: bool,
+) -> Supervision:
+    """One forward of the teacher over all rows."""
+    stream, sides = job.streams[0], [part for part in (job.rows, job.held) if part is not None]
+    samples = [sample for part in sides for sample in part.teacher]
+    positions = [theirs for part in sides for theirs, _ in part.positions]
+    places = Places.of(samples, positions)
+    used = {source.block for phase in phases for source in phase.sources}
+    width = stream.anatomy.hidden_size
+    observer = None
+    if job.held and used:
+        held = [theirs for theirs, _ in job.held.positions]
+        observer = Observer(job.held.teacher, held, kept.folder, "seen", width, used)
+    shape = places.total, job.anatomies[1].hidden_size
+    layers = [RowFile(path, shape, stream.dtype) for path in layer_paths(kept.folder, phases)]
+    output = RowFile(kept.folder / "output.activations", (places.total, width), stream.dtype)
+    seen = {} if observer is None else {block: observer.file(block) for block in sorted(used)}
+    files = [*layers, output, *seen.values()]
+    line = kept.find("targets")
+    if line is not None and line["checksums"] != [file.checksum() for file in files]:
+        kept.drop_from("targets")  # damaged: made again, and all that was learned from them
+        line = None
+    if line is None:
+        predicted = _fit(stream, samples, config, kept, "targets", carried=carried)
+        spent = make_targets(
+            stream,
+            samples,
+            places,
+            phases=phases,
+            layers=layers,
+            output=output,
+            mapped=carried and (lambda rows: carried.apply(rows, config.normalise)),
+            interface=config.interface_meant,
+            allotment=predicted.allotment,
+            observe=observer and observer.take,
+            show=show,
+        )
+        line = {"cost": _cost(spent, predicted)}
+        kept.record("targets", checksums=[file.checksum() for file in files], **line)
+    attribution = kept.find("attribution")
+    passes = {} if attribution is None else {"attribution": attribution["cost"]}
+    return Supervision(places, layers, output, seen, passes | {"targets": line["cost"]})
+
+
+def drawn(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
+    """So many of the samples, in their order."""
+    if count >= len(samples):
+        return list(samples)
+    chosen = sorted(random.Random(seed).sample(range(len(samples)), count))
+    return [samples[i] for i in chosen]
+
+
+def target_bytes(stream: StreamedModel, samples: Sequence[Sample], config, width: int) -> dict:
+    """Phase -> bytes beside the pass, as `needs.ForwardNeeds` wants them.
+
+    Args:
+        width: D_s; 0 where nothing is mapped.
+    """
+    theirs = stream.anatomy.hidden_size
+    tokens = config.micro_batch * max(len(sample.input_ids) for sample in samples)
+    # what is seen at the interface, in float32 and by the samples' rows, and these mapped
+    seen = 4 * tokens * (3 * theirs + width)
+    return {"forward": 4 * theirs * width + seen, "output": 4 * 4 * PIECE}
+
+
+def _fit(
+    stream: StreamedModel,
+    samples: Sequence[Sample],
+    config,
+    kept: Progress,
+    name: str,
+    *,
+    backward: bool = False,
+    carried: SemanticMap | None = None,
+) -> Prediction:
+    """How a pass shares out its memory; a resumed run keeps what touches the rounding."""
+    width = 0 if carried is None else carried.matrix.shape[0]
+    predicted = fit(
+        stream,
+        samples,
+        config.budget and parse_bytes(config.budget),
+        micro_batch=config.micro_batch,
+        extra={} if backward else target_bytes(stream, samples, config, width),
+        outer=False,
+        scored=False,
+        durable=False,
+        backward=backward,
+        fixed=kept.state.get(f"allotment {name}"),
+    )
+    allotment = predicted.allotment
+    rounding = {"micro_batch": allotment.micro_batch, "head_rows": allotment.head_rows}
+    kept.remember(**{f"allotment {name}": rounding})
+    return predicted
+
+
+def _cost(spent: PassReport, predicted: Prediction) -> dict:
+    return {
+        "peak_bytes": spent.peak_bytes,
+        "predicted_bytes": predicted.peak,
+        "seconds": spent.seconds,
+        "waits": spent.waits,
+        "bytes_read": spent.bytes_read,
+        **asdict(predicted.allotment),
+    }
