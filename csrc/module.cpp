@@ -12,6 +12,7 @@ namespace py = pybind11;
 namespace pkt {
 
 // One line an op.
+void bind_alignment(py::module_& m);
 void bind_low_rank(py::module_& m);
 void bind_max_window(py::module_& m);
 void bind_neuron_score(py::module_& m);
@@ -60,6 +61,7 @@ PYBIND11_MODULE(PKT_EXT_MODULE, m) {
     return py::make_tuple(v.driver, v.runtime, v.devices);
   });
 #endif
+  pkt::bind_alignment(m);
   pkt::bind_low_rank(m);
   pkt::bind_max_window(m);
   pkt::bind_neuron_score(m);

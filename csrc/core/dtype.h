@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
@@ -103,6 +104,15 @@ PKT_HOST_DEVICE void from_float(float value, half& out) {
     out.bits = sign | static_cast<uint16_t>((rounded - 0x38000000u) >> 13);
   }
 #endif
+}
+
+// Calls body(value of the dtype's type); outside of parallel_for, whose body must not throw.
+template <typename Body>
+void with_float_type(DType dtype, const Body& body) {
+  if (dtype == DType::f32) return body(float{});
+  if (dtype == DType::f16) return body(half{});
+  if (dtype == DType::bf16) return body(bfloat16{});
+  throw std::logic_error("a dtype the binding does not admit");
 }
 
 }  // namespace pkt

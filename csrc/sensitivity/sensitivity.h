@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <stdexcept>
 
 #include "core/dtype.h"
 
@@ -75,14 +74,5 @@ void accumulate_sensitivity_cuda(const AccumulateSensitivityParams& params, void
 void linear_sensitivity_cpu(const LinearSensitivityParams& params, int threads);
 // Offsets in `segments` that are not ascending or not in [0, rows] are clamped, not read past.
 void linear_sensitivity_cuda(const LinearSensitivityParams& params, void* stream);
-
-// Calls body(value of the dtype's type); outside of parallel_for, whose body must not throw.
-template <typename Body>
-void with_float_type(DType dtype, const Body& body) {
-  if (dtype == DType::f32) return body(float{});
-  if (dtype == DType::f16) return body(half{});
-  if (dtype == DType::bf16) return body(bfloat16{});
-  throw std::logic_error("sensitivity: dtype the binding does not admit");
-}
 
 }  // namespace pkt

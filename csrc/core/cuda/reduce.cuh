@@ -13,6 +13,41 @@ __device__ __forceinline__ T warp_sum(T value) {
   return value;
 }
 
+// Maximum over the warp, in every lane; a NaN may get lost.
+__device__ __forceinline__ float warp_max(float value) {
+  for (int bit = 16; bit > 0; bit /= 2) {
+    const float other = __shfl_xor_sync(0xffffffffu, value, bit);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+// Over a block of kThreads (a multiple of 32), in every thread, the warps in ascending order.
+// `scratch` is kThreads / 32 values of shared memory, which are free again afterwards.
+template <int kThreads>
+__device__ __forceinline__ double block_sum(double value, double* scratch) {
+  value = warp_sum(value);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+  __syncthreads();
+  double total = 0.0;
+  for (int warp = 0; warp < kThreads / 32; ++warp) total += scratch[warp];
+  __syncthreads();
+  return total;
+}
+
+template <int kThreads>
+__device__ __forceinline__ float block_max(float value, float* scratch) {
+  value = warp_max(value);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = value;
+  __syncthreads();
+  float top = scratch[0];
+  for (int warp = 1; warp < kThreads / 32; ++warp) {
+    top = scratch[warp] > top ? scratch[warp] : top;
+  }
+  __syncthreads();
+  return top;
+}
+
 // Sum over the lanes up to this one.
 __device__ __forceinline__ double warp_scan(double value, int lane) {
   for (int offset = 1; offset < 32; offset *= 2) {
