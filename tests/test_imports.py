@@ -19,8 +19,9 @@ FLOORS = [
     {"models"},
     {"streaming"},
     {"rendering"},
-    {"data", "paired_data", "adapter", "attached", "delta", "merge", "lora", "attribution"},
-    {"baselines", "training_needs", "training"},
+    {"data", "paired_data", "adapter", "attached", "delta", "merge", "lora"}
+    | {"attribution", "objectives"},
+    {"baselines", "training_needs", "training", "alignment_trainer"},
     {"methods", "finetune"},
     {"demo", "demo_world", "bench", "probe"},
     {"plan"},

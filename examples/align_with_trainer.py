@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Align one block of a student with one of a teacher that has the same tokenizer.
+
+python align_with_trainer.py STUDENT TEACHER ROWS.jsonl OUT BLOCK [STEPS]; blocks count from 0
+"""
+
+import sys
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from pkt_ext import data
+from pkt_ext.alignment_trainer import AlignmentTrainer
+from pkt_ext.models.anatomy import describe
+from pkt_ext.models.frontier import activations
+from pkt_ext.objectives import Objective, OutputDistillation, RelationGeometry
+
+student, teacher, rows, out, block = sys.argv[1:6]
+block, steps = int(block), int(sys.argv[6]) if len(sys.argv) > 6 else 48
+tokenizer = AutoTokenizer.from_pretrained(student)
+student, teacher = (
+    AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in (student, teacher)
+)
+blocks, teacher_blocks = describe(student).blocks, describe(teacher).blocks
+source = (block + 1) * len(teacher_blocks) // len(blocks) - 1  # the teacher's, at the same depth
+encoded = data.encode(data.read_rows(rows), tokenizer, max_length=2048, stage="train")
+items = []
+for sample in encoded.samples:
+    with torch.no_grad():
+        found = activations(teacher, describe(teacher), sample.input_ids[None], source)
+    positions = (sample.labels[1:] != data.IGNORED).nonzero().flatten()
+    items.append(
+        {
+            "input_ids": sample.input_ids,
+            "positions": positions,
+            "layer": (found.after - found.before)[0, positions],  # may be wider than the student
+            "output": found.outputs[0, positions],
+        }
+    )
+student.requires_grad_(False)
+student.get_submodule(blocks[block]).requires_grad_(True)
+heads = (model.get_output_embeddings().weight for model in (student, teacher))
+trainer = AlignmentTrainer(
+    student,
+    TrainingArguments(f"{out}-progress", max_steps=steps, learning_rate=1e-4, report_to="none"),
+    objective=Objective(RelationGeometry(), OutputDistillation(*heads)),
+    block=block,
+    train_dataset=items,
+)
+trainer.train()
+student.save_pretrained(out)
+tokenizer.save_pretrained(out)
