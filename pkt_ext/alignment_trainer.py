@@ -9,8 +9,10 @@ The data are items, one for each sequence, of tensors on the CPU:
     layer      [m, D], mapped teacher states for the block
     output     [m, D_t], what the teacher's head is given, behind its final norm
     hidden     [T, D_s], what the block is given, where that is cached
+    layer_positions  int64 [n], where the layer loss looks, one row of `layer` each
 
-The last four may be None or absent where nothing needs them.
+The last five may be None or absent where nothing needs them; without `layer_positions` the layer
+loss looks at the supervised ones.
 """
 
 from __future__ import annotations
@@ -36,29 +38,47 @@ def collate(items: Sequence[Mapping]) -> dict[str, torch.Tensor | None]:
 
     Returns:
         `input_ids` int64 [B, T], right-padded; `rows` int64 [M], b T + t of each supervised row;
-        `segments` int64 [B + 1], where each sequence's rows begin; `labels` [M], `layer` [M, D],
-        `output` [M, D_t] and `hidden` [B, T, D_s], or None.
+        `segments` int64 [B + 1], where each sequence's rows begin; `layer_rows` and
+        `layer_segments`, the same of the rows that the layer loss looks at; `labels` [M], `layer`
+        [M', D], `output` [M, D_t] and `hidden` [B, T, D_s], or None.
     Raises:
         InputError: items that do not fit each other or themselves.
     """
     input_ids, hidden = padded(items)
-    positions = [torch.as_tensor(item["positions"], dtype=torch.int64) for item in items]
-    for item, wanted in zip(items, positions, strict=True):
-        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(item["input_ids"]):
-            raise InputError(
-                f"a supervised position lies outside of its {len(item['input_ids'])} tokens"
-            )
-    length = input_ids.shape[1]
-    counts = torch.tensor([0, *map(len, positions)])
+    positions = [_positions(item, "positions") for item in items]
+    layer_positions = [
+        own if item.get("layer_positions") is None else _positions(item, "layer_positions")
+        for item, own in zip(items, positions, strict=True)
+    ]
+    rows, segments = _flat(positions, input_ids.shape[1])
+    layer_rows, layer_segments = _flat(layer_positions, input_ids.shape[1])
     return {
         "input_ids": input_ids,
-        "rows": torch.cat([length * b + wanted for b, wanted in enumerate(positions)]),
-        "segments": counts.cumsum(0),
+        "rows": rows,
+        "segments": segments,
+        "layer_rows": layer_rows,
+        "layer_segments": layer_segments,
         "hidden": hidden,
         "labels": _joined(items, positions, "labels", torch.int64),
-        "layer": _joined(items, positions, "layer"),
+        "layer": _joined(items, layer_positions, "layer"),
         "output": _joined(items, positions, "output"),
     }
+
+
+def _positions(item: Mapping, name: str) -> torch.Tensor:
+    found = torch.as_tensor(item[name], dtype=torch.int64)
+    if len(found) and not 0 <= found.min() <= found.max() < len(item["input_ids"]):
+        raise InputError(
+            f"a supervised position lies outside of its {len(item['input_ids'])} tokens"
+        )
+    return found
+
+
+def _flat(positions: Sequence[torch.Tensor], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows of the flattened batch, where each sequence's begin)."""
+    counts = torch.tensor([0, *map(len, positions)])
+    rows = torch.cat([length * b + wanted for b, wanted in enumerate(positions)])
+    return rows, counts.cumsum(0)
 
 
 def _joined(items, positions, name: str, dtype=None) -> torch.Tensor | None:
@@ -203,7 +223,7 @@ class AlignmentTrainer(Trainer):
                 recompute=self.recompute and torch.is_grad_enabled(),
             )
         try:
-            loss, parts = self.objective(inputs, **supervised(found, inputs["rows"]), counts=counts)
+            loss, parts = self.objective(inputs, **supervised(found, inputs), counts=counts)
         except NonFiniteError as error:
             raise NonFiniteError(f"step {self.state.global_step + 1}: {error}") from error
         return loss, parts, found
@@ -296,10 +316,14 @@ def _total(counts: Sequence[Counts]) -> Counts:
     return Counts(sum(count.layer for count in counts), sum(count.output for count in counts))
 
 
-def supervised(found: Activations, rows: torch.Tensor) -> dict[str, torch.Tensor | None]:
-    """The supervised rows [M, D] of what passed the frontier."""
+def supervised(
+    found: Activations, batch: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor | None]:
+    """The rows [M, D] of what passed the frontier that a collated batch's losses look at."""
+    rows, layer_rows = batch["rows"], batch.get("layer_rows", batch["rows"])
+    wanted = {"before": layer_rows, "after": layer_rows, "outputs": rows}
     return {
-        name: None if states is None else states.flatten(0, 1).index_select(0, rows)
+        name: None if states is None else states.flatten(0, 1).index_select(0, wanted[name])
         for name, states in vars(found).items()
     }
 

@@ -345,10 +345,10 @@ class Objective(nn.Module):
         self.layer_loss, self.output_loss, self.beta = layer_loss, output_loss, beta
 
     def counts(self, batch: Mapping[str, torch.Tensor | None]) -> Counts:
-        """Of `layer`, `output`, `labels` and `segments` of a collated batch."""
+        """Of `layer`, `output`, `labels`, `segments`, `layer_segments` of a collated batch."""
         return Counts(
             *(
-                0 if loss is None else loss.count(_given(batch, loss), batch["segments"])
+                0 if loss is None else loss.count(_given(batch, loss), _segments(batch, loss))
                 for loss in (self.layer_loss, self.output_loss)
             )
         )
@@ -365,9 +365,10 @@ class Objective(nn.Module):
         """The loss of some rows, and its parts.
 
         Args:
-            batch:   `segments` int64 [B + 1] and what the losses compare with: `layer` [M, D_s],
-                `output` [M, D_t], `labels` int64 [M].
-            before, after: [M, D_s], what the block is given and what comes out of it: for a layer
+            batch:   `segments` int64 [B + 1] and what the losses compare with: `layer` [M', D_s],
+                `output` [M, D_t], `labels` int64 [M]; `layer_segments` where the layer loss looks
+                at other rows.
+            before, after: [M', D_s], what the block is given and what comes out of it: for a layer
                 loss.
             outputs: [M, D_s], what the head is given: for an output loss.
             counts:  of the whole optimiser step that these rows are a part of; None: they are all.
@@ -417,7 +418,7 @@ class Objective(nn.Module):
         return sum(weights[name] * loss for name, loss in parts.items())
 
     def _part(self, loss: AlignmentLoss, states, batch, count: int | None) -> torch.Tensor:
-        each = loss.each(states, _given(batch, loss), batch["segments"])
+        each = loss.each(states, _given(batch, loss), _segments(batch, loss))
         return each.sum() / max(1, len(each) if count is None else count)
 
 
@@ -426,6 +427,11 @@ def _given(batch: Mapping, loss: AlignmentLoss) -> torch.Tensor:
     if targets is None:
         raise InputError(f"{type(loss).__name__} needs {loss.target!r} in every item of the data")
     return targets
+
+
+def _segments(batch: Mapping, loss: AlignmentLoss) -> torch.Tensor:
+    name = "layer_segments" if loss.target == "layer" and "layer_segments" in batch else "segments"
+    return batch[name]
 
 
 def _spans(rows: torch.Tensor, segments: torch.Tensor | None) -> list[tuple[int, int]]:

@@ -15,11 +15,11 @@ import torch
 from transformers import TrainingArguments
 
 from pkt_ext.adapter import Factor, matrix_shape
-from pkt_ext.alignment_trainer import AlignmentTrainer, collate, train_phase
+from pkt_ext.alignment_trainer import AlignmentTrainer, collate, supervised, train_phase
 from pkt_ext.errors import InputError, NonFiniteError
 from pkt_ext.lora import attach_factors
 from pkt_ext.models.anatomy import describe
-from pkt_ext.models.frontier import activations, advance
+from pkt_ext.models.frontier import Activations, activations, advance
 from pkt_ext.objectives import (
     CosineOutput,
     CosineSteering,
@@ -433,3 +433,37 @@ def test_example(teacher, tmp_path, monkeypatch):
     after = type(student).from_pretrained(tmp_path / "out")
     found = changed(weights(student), after)
     assert found and all(name.startswith(anatomy.blocks[1]) for name in found)
+
+
+def test_a_layer_loss_may_look_elsewhere_than_the_output_loss():
+    items = [
+        {
+            "input_ids": torch.arange(5),
+            "positions": [3],
+            "labels": [4],
+            "layer_positions": [0, 1, 2, 4],
+            "layer": torch.randn(4, 6),
+        },
+        {
+            "input_ids": torch.arange(3),
+            "positions": [0, 1],
+            "labels": [1, 2],
+            "layer_positions": [0, 1, 2],
+            "layer": torch.randn(3, 6),
+        },
+    ]
+    batch = collate(items)
+    assert batch["rows"].tolist() == [3, 5, 6] and batch["segments"].tolist() == [0, 1, 3]
+    assert batch["layer_rows"].tolist() == [0, 1, 2, 4, 5, 6, 7]
+    assert batch["layer_segments"].tolist() == [0, 4, 7]
+    states = torch.randn(2, 5, 6)
+    found = supervised(Activations(2 * states, states, 3 * states), batch)
+    assert torch.equal(found["after"], states.flatten(0, 1)[batch["layer_rows"]])
+    assert torch.equal(found["outputs"], 3 * states.flatten(0, 1)[batch["rows"]])
+    objective = Objective(RelationGeometry(), CrossEntropyOutput(torch.randn(9, 6)))
+    assert objective.counts(batch) == (2, 3)
+    total, parts = objective(batch, **found)
+    want = RelationGeometry()(states.flatten(0, 1)[batch["layer_rows"]] - 2 * states.flatten(0, 1)[
+        batch["layer_rows"]
+    ], batch["layer"], batch["layer_segments"])  # fmt: skip
+    torch.testing.assert_close(parts["layer_loss"], want)
