@@ -191,18 +191,17 @@ class AlignmentTrainer(Trainer):
         return output
 
     def _means(self) -> dict[str, float]:
-        counts = _total([counts for counts, _ in self._evaluated])
+        every = _total([counts for counts, _ in self._evaluated])
         found = {}
-        for name, of_batch in (("layer_loss", "layer"), ("output_loss", "output")):
+        for name, of in (("layer_loss", "layer"), ("output_loss", "output")):
             sums = [
-                parts[name].item() * getattr(counts, of_batch)
+                parts[name].item() * getattr(counts, of)
                 for counts, parts in self._evaluated
                 if name in parts
             ]
             if sums:
-                found[name] = sum(sums) / max(1, getattr(counts, of_batch))
-        weights = {"layer_loss": 1.0, "output_loss": self.objective.beta}
-        return found | {"loss": sum(weights[name] * value for name, value in found.items())}
+                found[name] = sum(sums) / max(1, getattr(every, of))
+        return found | {"loss": self.objective.total(found)}
 
     def _loss(self, model, inputs: dict, counts: Counts | None):
         """(loss, its parts, Activations)."""
