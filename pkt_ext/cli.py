@@ -435,6 +435,13 @@ def semalign_command(
             help="published, attribution or similarity [default: the schedule's].",
         ),
     ] = None,
+    attribution: Annotated[
+        str | None,
+        _option(
+            "--attribution",
+            help="Gradient times output or contribution [default: the objective's].",
+        ),
+    ] = None,
     critical: Critical = None,
     attribution_rows: Annotated[
         int | None, _option("--attribution-rows", default=64, help="Rows to attribute by.")
@@ -450,6 +457,13 @@ def semalign_command(
     interface: Annotated[
         str | None,
         _option("--interface", help="contribution or output [default: the objective's]."),
+    ] = None,
+    positions: Annotated[
+        str | None,
+        _option(
+            "--positions",
+            help="Where the layer loss looks: supervised or all [default: the objective's].",
+        ),
     ] = None,
     map: Annotated[
         str | None, _option("--map", help="frames or least-squares [default: the objective's].")
@@ -664,7 +678,8 @@ def bench_command(
     stems: Annotated[
         list[str] | None,
         typer.Argument(
-            help="sensitivity, max_window, low_rank, small_svd, neuron_score, streaming; none: all."
+            help="sensitivity, max_window, low_rank, small_svd, neuron_score, alignment, "
+            "streaming; none: all."
         ),
     ] = None,
     device: Device = None,

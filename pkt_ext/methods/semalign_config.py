@@ -27,16 +27,30 @@ class _Meaning:
     pairing: str | None = None
     interface: str | None = None
     map: str | None = None
+    attribution: str | None = None
+    positions: str | None = None
     normalise: bool = False  # each teacher vector is divided by its norm before it is mapped (A5)
     learning_rate: float = 1e-4
 
 
 _MEANS = {
     "cosine": _Meaning(
-        "onehot", "pairs", "published", "contribution", "frames", True, learning_rate=3e-4
+        "onehot",
+        "pairs",
+        "published",
+        "contribution",
+        "frames",
+        "output",
+        "supervised",
+        normalise=True,
+        learning_rate=3e-4,
     ),
-    "fisher": _Meaning("kl", "frontier", "attribution", "output", "least-squares"),
-    "geometry": _Meaning("kl", "frontier", "attribution", "contribution", "least-squares"),
+    # a norm behind the last block makes gradient times output vanish there (Euler): its sources
+    # are chosen by contributions
+    "fisher": _Meaning("kl", "frontier", "attribution", "output", "least-squares", "contribution"),
+    "geometry": _Meaning(
+        "kl", "frontier", "attribution", "contribution", "least-squares", "contribution", "all"
+    ),
     "finetune": _Meaning("ce"),
     "distillation": _Meaning("kl"),
 }
@@ -52,10 +66,12 @@ class SemAlignConfig:
     temperature: float = 1.0  # of kl and fisher
     schedule: str | None = None  # pairs: critical blocks alone; frontier: every block in turn
     pairing: str | None = None  # published (A2), attribution or similarity; pairs: published
+    attribution: str | None = None  # gradient times what: a block's output, or its contribution
     critical: int = 4  # pairs: teacher blocks of highest attribution
     attribution_rows: int = 64  # rows to attribute by, drawn; all activations of each are kept
     interpolate: bool = True  # pairs: targets between two teacher blocks (A4)
     interface: str | None = None  # what is compared: contribution or output of a block
+    positions: str | None = None  # where the layer loss looks: supervised ones, or all
     map: str | None = None  # frames (A6) or least-squares
     fold_norm: bool = True  # the final norm's gain belongs to the head, in bases
     train: str = "lora"  # or block: all of the block's own parameters
@@ -93,6 +109,8 @@ class SemAlignConfig:
             pairing=(None, "published", "attribution", "similarity"),
             interface=(None, *INTERFACES),
             map=(None, "frames", "least-squares"),
+            attribution=(None, *INTERFACES),
+            positions=(None, "supervised", "all"),
             train=("lora", "block"),
             dtype=(None, *DTYPES),
             prompt_format=PROMPT_FORMATS,
@@ -131,7 +149,7 @@ class SemAlignConfig:
         """Options that one of the others rules out."""
         baseline = self.objective in BASELINES
         if baseline:
-            for name in ("output", "pairing", "interface", "map"):
+            for name in ("output", "pairing", "interface", "map", "attribution", "positions"):
                 if getattr(self, name) is not None:
                     raise InputError(
                         f"{name} is {getattr(self, name)}, but the baseline {self.objective} has "
@@ -182,6 +200,16 @@ class SemAlignConfig:
         return self.map or _MEANS[self.objective].map or "frames"
 
     @property
+    def attribution_meant(self) -> str:
+        """output or contribution."""
+        return self.attribution or _MEANS[self.objective].attribution or "output"
+
+    @property
+    def positions_meant(self) -> str:
+        """supervised or all."""
+        return self.positions or _MEANS[self.objective].positions or "supervised"
+
+    @property
     def normalise(self) -> bool:
         """Whether each teacher vector is divided by its norm before it is mapped."""
         return _MEANS[self.objective].normalise
@@ -205,7 +233,15 @@ class SemAlignConfig:
 
     def resolved(self) -> dict:
         """What was left open, as it was meant; for reports."""
-        names = ("output", "schedule", "pairing", "interface", "map")
+        names = (
+            "output",
+            "schedule",
+            "pairing",
+            "interface",
+            "map",
+            "attribution",
+            "positions",
+        )
         return {name: getattr(self, f"{name}_meant") for name in names} | {
             "learning_rate": self.rate_meant
         }

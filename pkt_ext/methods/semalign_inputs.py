@@ -20,7 +20,7 @@ from pkt_ext.methods.seeking_inputs import longest_row
 from pkt_ext.methods.students import check_gradients
 from pkt_ext.methods.vocabulary import SharedVocabulary, shared_vocabulary
 from pkt_ext.models.anatomy import Anatomy
-from pkt_ext.paired_data import PairedRows, encode_pairs
+from pkt_ext.paired_data import PairedRows, Positions, encode_pairs
 from pkt_ext.settings import trainer_device
 from pkt_ext.streaming.batches import Sample, digest, with_distinct_ids
 from pkt_ext.streaming.blocks import StreamedModel
@@ -36,6 +36,7 @@ class Job:
     streams: tuple[StreamedModel, StreamedModel]
     shared: SharedVocabulary
     rows: PairedRows  # to train on
+    layer_positions: list[Positions]  # of these, where the layer loss looks
     held: PairedRows | None  # to look at
     unrelated: list[Sample]  # of the student, every token is predicted
     dropped: list[tuple[str, str]]
@@ -77,7 +78,9 @@ def prepare(models, tokenizers, data, holdout, unrelated, config) -> Job:
         kept = read_rows(holdout)
     found, held = _distinct(read(rows), read(kept) if kept else None)
     dropped = [*found.dropped, *(held.dropped if held else ())]
-    return Job(streams, shared, found, held, _unrelated(unrelated, tokenizers[1], length), dropped)
+    others = _unrelated(unrelated, tokenizers[1], length, config.prompt_format)
+    places = _layer_positions(found, shared, config)
+    return Job(streams, shared, found, places, held, others, dropped)
 
 
 def pair(
@@ -135,10 +138,18 @@ def _distinct(rows: PairedRows, held: PairedRows | None) -> tuple[PairedRows, Pa
     )
 
 
-def _unrelated(source, tokenizer, length: int) -> list[Sample]:
+def _layer_positions(rows: PairedRows, shared: SharedVocabulary, config) -> list[Positions]:
+    """Where a layer loss looks; of all positions only those can be that both models have."""
+    if config.positions_meant == "supervised" or not shared.identical:
+        return rows.positions
+    every = [torch.arange(len(sample.input_ids)) for sample in rows.student]
+    return [(each, each) for each in every]
+
+
+def _unrelated(source, tokenizer, length: int, form: str) -> list[Sample]:
     if source is None:
         return []
-    found = encode(read_rows(source), tokenizer, max_length=length, prompt_format="plain")
+    found = encode(read_rows(source), tokenizer, max_length=length, prompt_format=form)
     whole = [replace(sample, labels=sample.input_ids) for sample in found.samples]
     return with_distinct_ids(whole)
 

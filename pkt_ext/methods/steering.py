@@ -8,8 +8,9 @@ A baseline is one phase in which every block is trained, as many steps as all ph
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -22,8 +23,9 @@ from pkt_ext.lora import attach_factors
 from pkt_ext.methods.closeness import Closeness, Heads
 from pkt_ext.methods.semalign_inputs import Job
 from pkt_ext.methods.similarity import linear_cka
-from pkt_ext.methods.supervision import Observer, Supervision
+from pkt_ext.methods.supervision import DEBIASED, Observer, Supervision
 from pkt_ext.methods.targets import Phase, watched
+from pkt_ext.models.anatomy import Anatomy
 from pkt_ext.models.frontier import activations, advance
 from pkt_ext.streaming.batches import Sample
 from pkt_ext.streaming.blocks import batches_for
@@ -127,32 +129,9 @@ class Steering:
         return {"block": phase.block, "steps": steps, **found}
 
     def _objective(self, phase: Phase) -> objectives.Objective:
-        config, heads, layer = self.config, self._heads, None
-        options = {"cap": heads.student_cap}
-        if phase.sources:
-            if config.objective == "cosine":
-                layer = objectives.CosineSteering()
-            elif config.objective == "geometry":
-                layer = objectives.RelationGeometry()
-            else:
-                path = self.anatomy.final_norm
-                norm = self.model.get_submodule(path) if path else None
-                tau = config.temperature
-                layer = objectives.FisherAlignment(norm, heads.own, temperature=tau, **options)
-            layer.interface = config.interface_meant
-        output = {
-            "onehot": lambda: objectives.CosineOutput(heads.own, **options),
-            "ce": lambda: objectives.CrossEntropyOutput(heads.own, **options),
-            "kl": lambda: objectives.OutputDistillation(
-                heads.student,
-                heads.teacher,
-                temperature=config.temperature,
-                teacher_cap=heads.teacher_cap,
-                **options,
-            ),
-            "none": lambda: None,
-        }[config.output_meant]()
-        return objectives.Objective(layer, output, config.beta)
+        path = self.anatomy.final_norm
+        norm = self.model.get_submodule(path) if path else None
+        return objective_of(self.config, self._heads, norm, steered=bool(phase.sources))
 
     def _prefix(self, known: tuple[int, RowFile] | None, block: int | None):
         """(block, a file of what it is given [tokens, D_s]); None where no block runs before it.
@@ -194,24 +173,19 @@ class Steering:
         return {n: p for n, p in self.model.named_parameters() if n.startswith(starts)}
 
     def _ranks(self) -> dict[str, int]:
-        """Module path -> rank of its LoRA; a fused module takes part as a whole."""
         blocks = {phase.block for phase in self.phases}
-        found = {}
-        for number, path in enumerate(self.anatomy.blocks):
-            if number in blocks or None in blocks:
-                for projection in self.anatomy.projections[number]:
-                    if projection.role in self.config.roles:
-                        found[f"{path}.{projection.module}"] = self.config.rank
-        return found
+        if None in blocks:
+            blocks = range(len(self.anatomy.blocks))
+        return lora_ranks(self.anatomy, self.config, blocks)
 
     # --- how close the student is -----------------------------------------------------------------
 
     def look(self) -> dict:
         """The student's closeness to the teacher on the held-out rows, as it is now.
 
-        `kl` in nats and `agreement` by position, `cka` of each phase's block with the teacher block
-        that weighs most in what steers it, `perplexity` of the unrelated rows; what cannot be had
-        is None.
+        `kl` in nats and `agreement` by position, `cka` (linear, debiased) of each phase's block
+        with the teacher block that weighs most in what steers it, `perplexity` of the unrelated
+        rows; what cannot be had is None.
         """
         found: dict = {"kl": None, "agreement": None, "cka": None, "perplexity": None}
         self.model.eval()
@@ -223,7 +197,7 @@ class Steering:
 
     @torch.no_grad()
     def _compare(self) -> dict:
-        held, places = self.job.held, self.supervision.places
+        held, places = self.job.held, self.supervision.output_places
         ours = {s.id: own for s, (_, own) in zip(held.student, held.positions, strict=True)}
         blocks = {phase.block: self._steered_by(phase) for phase in self.phases if phase.sources}
         positions, width = list(ours.values()), self.anatomy.hidden_size
@@ -231,28 +205,20 @@ class Steering:
         closeness, theirs = Closeness(self._heads), self.supervision.output.read()
         for batch in self._batches(held.student):
             with ExitStack() as stack:
-                seen = {
-                    block: stack.enter_context(
-                        watched(
-                            self.model.get_submodule(self.anatomy.blocks[block]),
-                            self.config.interface_meant,
-                        )
-                    )
-                    for block in blocks
-                }
+                for block in blocks:
+                    module = self.model.get_submodule(self.anatomy.blocks[block])
+                    take = partial(observer.take, block, batch)
+                    stack.enter_context(watched(module, self.config.interface_meant, take))
                 outputs = activations(self.model, self.anatomy, batch.input_ids).outputs
-            for block, (hidden,) in seen.items():
-                observer.take(block, batch, hidden)
             for index, name in enumerate(batch.ids):
                 rows = outputs[index, ours[name].to(outputs.device)]
                 first = places.first[name]
                 closeness.add(rows, theirs[first : first + len(rows)].to(rows.device))
         cka = None
-        if blocks:
-            cka = [
-                linear_cka(observer.files[ours].read(), self.supervision.seen[source].read())
-                for ours, source in blocks.items()
-            ]
+        if blocks and observer.places.total >= DEBIASED:
+            seen = self.supervision.seen
+            pairs = ((observer.files[own], seen[source]) for own, source in blocks.items())
+            cka = [linear_cka(a.read(), b.read(), debiased=True) for a, b in pairs]
         return closeness.result() | {"cka": cka}
 
     @torch.no_grad()
@@ -274,6 +240,48 @@ class Steering:
     @staticmethod
     def _steered_by(phase: Phase) -> int:
         return max(phase.sources, key=lambda source: source.weight).block
+
+
+def objective_of(config, heads: Heads, norm: nn.Module | None, steered: bool):
+    """What a phase minimises: an `objectives.Objective`.
+
+    Args:
+        norm:    the student's final one.
+        steered: by a layer loss too.
+    """
+    layer, options = None, {"cap": heads.student_cap}
+    if steered:
+        if config.objective == "cosine":
+            layer = objectives.CosineSteering()
+        elif config.objective == "geometry":
+            layer = objectives.RelationGeometry()
+        else:
+            tau = config.temperature
+            layer = objectives.FisherAlignment(norm, heads.own, temperature=tau, **options)
+        layer.interface = config.interface_meant
+    output = {
+        "onehot": lambda: objectives.CosineOutput(heads.own, **options),
+        "ce": lambda: objectives.CrossEntropyOutput(heads.own, **options),
+        "kl": lambda: objectives.OutputDistillation(
+            heads.student,
+            heads.teacher,
+            temperature=config.temperature,
+            teacher_cap=heads.teacher_cap,
+            **options,
+        ),
+        "none": lambda: None,
+    }[config.output_meant]()
+    return objectives.Objective(layer, output, config.beta)
+
+
+def lora_ranks(anatomy: Anatomy, config, blocks: Iterable[int]) -> dict[str, int]:
+    """Module path -> rank of its LoRA in these blocks; a fused module takes part as a whole."""
+    return {
+        f"{anatomy.blocks[block]}.{projection.module}": config.rank
+        for block in sorted(blocks)
+        for projection in anatomy.projections[block]
+        if projection.role in config.roles
+    }
 
 
 class _Prefixed:
@@ -303,7 +311,8 @@ class _Rows(torch.utils.data.Dataset):
     """
 
     def __init__(self, job: Job, supervision: Supervision, layer: int | None, prefix):
-        self._rows, self._places = job.rows, supervision.places
+        self._rows, self._layer_positions = job.rows, job.layer_positions
+        self._supervision = supervision
         self._prefixed = _Prefixed(job.rows.student, prefix and prefix[1])
         self._layer = None if layer is None else supervision.layers[layer].read()
         self._output = supervision.output.read()
@@ -312,13 +321,18 @@ class _Rows(torch.utils.data.Dataset):
         return len(self._rows.student)
 
     def __getitem__(self, index: int) -> dict:
-        item, positions = self._prefixed[index], self._rows.positions[index][1]
-        first = self._places.first[self._rows.teacher[index].id]
-        rows = slice(first, first + len(positions))
-        return {
-            **item,
+        item, name = self._prefixed[index], self._rows.teacher[index].id
+        positions, layer_positions = (
+            each[index][1] for each in (self._rows.positions, self._layer_positions)
+        )
+        first = self._supervision.output_places.first[name]
+        item |= {
             "positions": positions,
             "labels": item["input_ids"][positions + 1],
-            "layer": None if self._layer is None else self._layer[rows],
-            "output": self._output[rows],
+            "output": self._output[first : first + len(positions)],
         }
+        if self._layer is not None:
+            first = self._supervision.layer_places.first[name]
+            item["layer_positions"] = layer_positions
+            item["layer"] = self._layer[first : first + len(layer_positions)]
+        return item

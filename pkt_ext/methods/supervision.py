@@ -30,15 +30,17 @@ from pkt_ext.streaming.progress import Progress
 from pkt_ext.streaming.rows import RowFile
 
 OBSERVED = 512  # positions at which blocks are compared by CKA, at most
+DEBIASED = 4  # positions at least for a CKA that does not grow with the width
 
 
 @dataclass(frozen=True)
 class Supervision:
     """What training needs of the teacher, in files."""
 
-    places: Places  # of the rows to train on, then those held out
-    layers: list[RowFile]  # mapped vectors [M, D_s], by phase
-    output: RowFile | None  # the teacher's head inputs [M, D_t]
+    layers: list[RowFile]  # mapped vectors, by phase
+    layer_places: Places  # which: of the rows to train on
+    output: RowFile  # the teacher's head inputs
+    output_places: Places  # of the rows to train on, then those held out
     seen: dict[int, RowFile]  # teacher block -> its rows [n, D_t] at the held-out positions
     passes: dict[str, dict]  # what they cost
 
@@ -109,6 +111,7 @@ def attribute(job: Job, config, kept: Progress, show: bool) -> torch.Tensor:
     scores = block_attribution(
         job.streams[0],
         samples,
+        interface=config.attribution_meant,
         allotment=predicted.allotment,
         show=show,
         on_report=passed.append,
@@ -138,7 +141,11 @@ def compare_blocks(job: Job, config, kept: Progress, show: bool) -> torch.Tensor
             run.forward()
         files.append([observer.files[block] for block in range(len(stream.block_names))])
     theirs, ours = files
-    matrix = cka_matrix([f.read() for f in ours], [f.read() for f in theirs])
+    matrix = cka_matrix(
+        [file.read() for file in ours],
+        [file.read() for file in theirs],
+        debiased=ours[0].shape[0] >= DEBIASED,
+    )
     kept.record("similarity", matrix=matrix.tolist())
     for file in (*theirs, *ours):
         file.remove()
@@ -156,17 +163,22 @@ def supervise(
     """One forward of the teacher over all rows."""
     stream, sides = job.streams[0], [part for part in (job.rows, job.held) if part is not None]
     samples = [sample for part in sides for sample in part.teacher]
-    positions = [theirs for part in sides for theirs, _ in part.positions]
-    places = Places.of(samples, positions)
+    layer_places = Places.of(job.rows.teacher, [pair[0] for pair in job.layer_positions])
+    positions = [pair[0] for part in sides for pair in part.positions]
+    output_places = Places.of(samples, positions)
     used = {source.block for phase in phases for source in phase.sources}
-    width = stream.anatomy.hidden_size
+    theirs, ours = (anatomy.hidden_size for anatomy in job.anatomies)
     observer = None
     if job.held and used:
-        held = [theirs for theirs, _ in job.held.positions]
-        observer = Observer(job.held.teacher, held, kept.folder, "seen", width, used)
-    shape = places.total, job.anatomies[1].hidden_size
-    layers = [RowFile(path, shape, stream.dtype) for path in layer_paths(kept.folder, phases)]
-    output = RowFile(kept.folder / "output.activations", (places.total, width), stream.dtype)
+        held = [pair[0] for pair in job.held.positions]
+        observer = Observer(job.held.teacher, held, kept.folder, "seen", theirs, used)
+    layers = [
+        RowFile(path, (layer_places.total, ours), stream.dtype)
+        for path in layer_paths(kept.folder, phases)
+    ]
+    output = RowFile(
+        kept.folder / "output.activations", (output_places.total, theirs), stream.dtype
+    )
     seen = {} if observer is None else {block: observer.file(block) for block in sorted(used)}
     files = [*layers, output, *seen.values()]
     line = kept.find("targets")
@@ -178,10 +190,9 @@ def supervise(
         spent = make_targets(
             stream,
             samples,
-            places,
             phases=phases,
-            layers=layers,
-            output=output,
+            layers=(layers, layer_places),
+            output=(output, output_places),
             mapped=carried and (lambda rows: carried.apply(rows, config.normalise)),
             interface=config.interface_meant,
             allotment=predicted.allotment,
@@ -192,7 +203,9 @@ def supervise(
         kept.record("targets", checksums=[file.checksum() for file in files], **line)
     attribution = kept.find("attribution")
     passes = {} if attribution is None else {"attribution": attribution["cost"]}
-    return Supervision(places, layers, output, seen, passes | {"targets": line["cost"]})
+    return Supervision(
+        layers, layer_places, output, output_places, seen, passes | {"targets": line["cost"]}
+    )
 
 
 def drawn(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:

@@ -2,9 +2,9 @@
 """What a student is steered towards: one streamed forward of the teacher, kept in files.
 
 Of every phase a file of mapped vectors [M, D_s], and for the output the teacher's head inputs
-[M, D_t] behind its final norm: a row for each supervised position, the samples' rows one after the
-other. Where a phase looks at a depth between two blocks (METHODS A4) the lower block's rows wait
-for the upper's in a file of their own.
+[M', D_t] behind its final norm: a row for each position that the loss in question looks at, the
+samples' rows one after the other. Where a phase looks at a depth between two blocks (METHODS A4)
+the lower block's rows wait for the upper's in a file of their own.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ class Phase:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the supervised rows are: of sample n at positions[n], in the files from first[n] on."""
+    """Which rows a file holds: of sample n those at positions[n], from first[n] on."""
 
     positions: dict[str, torch.Tensor]  # by sample id, int64 [m]
     first: dict[str, int]
-    total: int  # M
+    total: int
 
     @classmethod
     def of(cls, samples: Sequence[Sample], positions: Sequence[torch.Tensor]) -> Places:
-        """Of samples and their supervised positions, in this order."""
+        """Of samples and their positions, in this order."""
         ends = list(accumulate(len(each) for each in positions))
         names = [sample.id for sample in samples]
         firsts = [0, *ends[:-1]]
@@ -72,17 +72,21 @@ class Places:
 
 
 @contextmanager
-def watched(block: nn.Module, interface: str) -> Iterator[list[torch.Tensor]]:
+def watched(
+    block: nn.Module, interface: str, take: Callable[[torch.Tensor], None] | None = None
+) -> Iterator[list[torch.Tensor]]:
     """What a block's forward gives at the interface: one [B, T, D] behind the context.
 
     Args:
         interface: "contribution", output less input, or "output"; float32 differences.
+        take: is given it instead, at once.
     """
     seen: list[torch.Tensor] = []
 
     def look(module: nn.Module, args: tuple, output: object) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        seen.append(hidden if interface == "output" else hidden.float() - args[0].float())
+        found = hidden if interface == "output" else hidden.float() - args[0].float()
+        (take or seen.append)(found)
 
     handle = block.register_forward_hook(look)
     try:
@@ -95,10 +99,9 @@ class TargetVisitor(Visitor):
     """Maps what the phases' source blocks give, and keeps what the last block gives.
 
     Args:
-        places:    the supervised rows.
         phases:    with their sources.
-        layers:    a file for each phase, made.
-        output:    the file of the last block's rows, made.
+        layers:    a file for each phase, made, and the rows that each holds.
+        output:    the file of the last block's rows, made, and which these are.
         mapped:    [m, D_t] float32 -> [m, D_s].
         interface: see `watched`.
         observe:   given (block, batch, what is seen at the interface [B, T, D_t]) of every block.
@@ -106,17 +109,17 @@ class TargetVisitor(Visitor):
 
     def __init__(
         self,
-        places: Places,
         phases: Sequence[Phase],
-        layers: Sequence[RowFile],
-        output: RowFile,
+        layers: tuple[Sequence[RowFile], Places],
+        output: tuple[RowFile, Places],
         mapped: Callable[[torch.Tensor], torch.Tensor] | None,
         interface: str,
         observe: Callable[[int, Batch, torch.Tensor], None] | None,
         last: int,
     ):
-        self._places, self._phases, self._layers = places, phases, layers
-        self._output, self._mapped, self._last = output, mapped, last
+        self._phases, (self._layers, self._places) = phases, layers
+        self._mapped, self._last = mapped, last
+        self._output, self._output_places = output
         self._interface, self._observe = interface, observe
         self._used = {source.block for phase in phases for source in phase.sources}
         self._waiting: dict[int, RowFile] = {}  # by phase, what lower blocks gave
@@ -132,7 +135,7 @@ class TargetVisitor(Visitor):
             for first, rows in self._places.rows(batch, at_interface[0]):
                 self._take(index, first, rows.float())
         if index == self._last:
-            for first, rows in self._places.rows(batch, output[0]):
+            for first, rows in self._output_places.rows(batch, output[0]):
                 self._output.write(first, rows)
 
     def _take(self, index: int, first: int, rows: torch.Tensor) -> None:
@@ -166,11 +169,10 @@ class TargetVisitor(Visitor):
 def make_targets(
     stream: StreamedModel,
     samples: Sequence[Sample],
-    places: Places,
     *,
     phases: Sequence[Phase],
-    layers: Sequence[RowFile],
-    output: RowFile,
+    layers: tuple[Sequence[RowFile], Places],
+    output: tuple[RowFile, Places],
     mapped: Callable[[torch.Tensor], torch.Tensor] | None,
     interface: str,
     allotment: Allotment,
@@ -185,17 +187,17 @@ def make_targets(
         NonFiniteError: hidden states that are not finite, by block, sample and parameter.
         ResourceError, OSError: no space.
     """
-    for file in (*layers, output):
+    for file in (*layers[0], output[0]):
         file.create()
     last = len(stream.block_names) - 1
-    visitor = TargetVisitor(places, phases, layers, output, mapped, interface, observe, last)
+    visitor = TargetVisitor(phases, layers, output, mapped, interface, observe, last)
     batches = stream.batches(samples, allotment.micro_batch)
     with Pass(stream, batches, visitor, allotment=allotment, show=show) as run:
         norm = Part(run.readout.small_names)
         run.forward([norm])
         visitor.close()
         with run.meter.stage("output"), run.resident(norm):
-            _normed(stream, output)
+            _normed(stream, output[0])
         return run.report()
 
 

@@ -31,6 +31,8 @@ def samples():
 
 POSITIONS = [torch.tensor(each) for each in ([0, 3, 7], [19], [0, 1, 2], list(range(5, 16)))]
 
+ENDS = [torch.tensor(each) for each in ([8], [0, 20], [3], [4, 5])]
+
 
 def whole(model, interface):
     """By sample: (what every block gives at the interface, the head's inputs), float64."""
@@ -70,15 +72,15 @@ def test_targets_are_what_the_whole_model_gives(tmp_path, family, interface):
     layers = [
         RowFile(tmp_path / f"layer-{n}", (places.total, WIDTH), torch.float32) for n in range(3)
     ]
-    output = RowFile(tmp_path / "output", (places.total, 48), torch.float32)
+    ends = Places.of(samples(), ENDS)
+    output = RowFile(tmp_path / "output", (ends.total, 48), torch.float32)
     observed = {}
     report = make_targets(
         stream,
         samples(),
-        places,
         phases=PHASES,
-        layers=layers,
-        output=output,
+        layers=(layers, places),
+        output=(output, ends),
         mapped=lambda rows: rows @ matrix.T,
         interface=interface,
         allotment=Allotment(2, activation_bytes=0),
@@ -94,8 +96,8 @@ def test_targets_are_what_the_whole_model_gives(tmp_path, family, interface):
         ]
         expected = torch.cat(mixed) @ matrix.double().T
         torch.testing.assert_close(file.read().double(), expected, rtol=1e-4, atol=2e-5)
-    ends = torch.cat([last[p] for (_, last), p in zip(want, POSITIONS, strict=True)])
-    torch.testing.assert_close(output.read().double(), ends, rtol=1e-4, atol=2e-5)
+    expected = torch.cat([last[p] for (_, last), p in zip(want, ENDS, strict=True)])
+    torch.testing.assert_close(output.read().double(), expected, rtol=1e-4, atol=2e-5)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "layer-0", "layer-1", "layer-2", "output"
     ]  # fmt: skip
