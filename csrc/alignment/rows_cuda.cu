@@ -188,7 +188,7 @@ __device__ __forceinline__ void kl_row(Row<T, kThreads>& row, double* scratch) {
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const Divergence d =
+      const Divergence<float> d =
           divergence(logits.values[i], targets.values[i], q, t, inverse, log_shares);
       sum += d.loss;
       gradient.values[i] = p.temperature * d.slope;

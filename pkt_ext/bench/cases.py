@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from pkt_ext.bench.alignment import HeadKl, KlRows
 from pkt_ext.bench.low_rank import LowRank
 from pkt_ext.bench.max_window import Window
 from pkt_ext.bench.neuron_score import Neurons
@@ -16,7 +17,18 @@ from pkt_ext.bench.small_svd import CholeskyInverse, Svd
 from pkt_ext.bench.streaming import Streamed
 from pkt_ext.errors import InputError
 
-Spec = Elementwise | Linear | Window | LowRank | Svd | CholeskyInverse | Streamed | Neurons
+Spec = (
+    Elementwise
+    | Linear
+    | Window
+    | LowRank
+    | Svd
+    | CholeskyInverse
+    | Streamed
+    | Neurons
+    | KlRows
+    | HeadKl
+)
 
 SIZES = ("small", "default", "full")  # full has the default's cases too
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -45,6 +57,7 @@ _SMALL: dict[str, list[Spec]] = {  # seconds for all: CI runs them
         Neurons("tiny", 150, 40, 700, 2),
         Neurons("tiny, best", 150, 40, 700, rate=0.08, dtype=FP16),
     ],
+    "alignment": [KlRows("tiny", 37, 701), HeadKl("tiny", 20, 24, 40, 300)],
     "streaming": [Streamed("tiny", 64, 96, 2, 300, 2, 20)],
 }
 _SMALL_SVDS = [  # a Krylov basis of one LoRA rank 16 extraction, for every matrix of a kind
@@ -88,6 +101,10 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
         ],
         "small_svd": _SMALL_SVDS,
         "neuron_score": _NEURONS,
+        "alignment": [
+            KlRows("llama2 logits", 512, 32000),
+            HeadKl("llama2-13b -> 7b, heads / 4", 512, 1024, 1280, 32000),
+        ],
         "streaming": [Streamed("llama, 14 M weights", 512, 1408, 2, 8000, 4, 128)],
     },
     ("cpu", "full"): {
@@ -108,6 +125,11 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
         ],
         "small_svd": _MORE_SMALL_SVDS,
         "neuron_score": _MORE_NEURONS,
+        "alignment": [
+            KlRows("qwen2.5 logits", 128, 151936),
+            HeadKl("qwen2.5-1.5b -> 0.5b", 220, 896, 1536, 151936),
+            HeadKl("llama2-13b -> 7b, heads / 4, bf16", 512, 1024, 1280, 32000, BF16),
+        ],
         "streaming": [
             Streamed("llama, 43 M weights", 768, 2048, 4, 16000, 4, 128),
             Streamed("llama, 0.5 G weights", 2048, 5632, 8, 32000, 4, 256),
@@ -129,6 +151,11 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
             Neurons("llama2-13b.down_proj", 13824, 5120, 32000, dtype=BF16),
             Neurons("llama2-13b.down_proj, 8 samples", 13824, 5120, 32000, 8, dtype=BF16),
             Neurons("llama2-13b.down_proj, best 8 %", 13824, 5120, 32000, rate=0.08, dtype=BF16),
+        ],
+        "alignment": [
+            KlRows("llama2 logits", 1024, 32000),
+            KlRows("qwen2.5 logits", 1024, 152064),
+            HeadKl("llama2-13b -> 7b", 5440, 4096, 5120, 32000, BF16),
         ],
         "streaming": [Streamed("4 llama2-13b blocks", 5120, 13824, 4, 32000, 4, 512, BF16)],
     },
@@ -157,6 +184,7 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
             Neurons("llama2-13b.o_proj, best 8 %", 5120, 5120, 32000, rate=0.08, dtype=BF16),
             Neurons("qwen2.5-32b.down_proj, best 8 %", 27648, 5120, 152064, rate=0.08, dtype=BF16),
         ],
+        "alignment": [HeadKl("qwen2.5-32b -> 7b", 5440, 3584, 5120, 152064, BF16)],
         "streaming": [Streamed("4 llama3-70b blocks", 8192, 28672, 4, 128256, 4, 512, BF16)],
     },
 }
