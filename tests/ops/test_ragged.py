@@ -12,6 +12,16 @@ from pkt_ext.ops import (
     accumulate_sensitivity_reference_,
     batched_cholesky_inverse,
     batched_svd,
+    cosine_loss,
+    cosine_loss_reference,
+    cosine_onehot_rows_,
+    cosine_onehot_rows_reference,
+    cross_entropy_rows_,
+    cross_entropy_rows_reference,
+    fisher_rows_,
+    fisher_rows_reference,
+    kl_rows_,
+    kl_rows_reference,
     linear_sensitivity_,
     linear_sensitivity_reference_,
     lora_factors,
@@ -135,3 +145,38 @@ def test_neuron_score(backend, dtype, softcap):
     found = neuron_log_prob_gain(*(x.to(backend.device) for x in operands), softcap=softcap)
     expected = neuron_log_prob_gain_reference(*operands, softcap=softcap).float()
     torch.testing.assert_close(found.scores.cpu(), expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [131, 1028])
+@pytest.mark.parametrize("cap", [None, 3.0], ids=str)
+def test_alignment_rows(backend, cap, columns, dtype):
+    ops = [(kl_rows_, kl_rows_reference), (fisher_rows_, fisher_rows_reference)]
+    labelled = [
+        (cross_entropy_rows_, cross_entropy_rows_reference),
+        (cosine_onehot_rows_, cosine_onehot_rows_reference),
+    ]
+    others = [randn(3, columns, dtype=dtype), torch.tensor([0, columns - 1, 70])]
+    for op, reference in ops + labelled:
+        other = others[(op, reference) in labelled]
+        logits = (2 * randn(3, columns) + 1).requires_grad_()
+        found = logits.detach().clone().to(backend.device)
+        losses = op(found, other.to(backend.device), cap=cap)
+        expected = reference(logits, other.float() if other.dtype == dtype else other, cap=cap)
+        expected.sum().backward()
+        torch.testing.assert_close(losses.cpu(), expected.detach(), rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found.cpu(), logits.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cosine_loss(backend, dtype):
+    states, targets = randn(5, 307, dtype=dtype), randn(5, 308, dtype=dtype)[:, 1:]
+    given = states.clone().to(backend.device).requires_grad_()
+    losses = cosine_loss(given, targets.to(backend.device))
+    losses.sum().backward()
+    truth = states.double().requires_grad_()
+    expected = cosine_loss_reference(truth, targets.double())
+    expected.sum().backward()
+    torch.testing.assert_close(losses.detach().cpu().double(), expected.detach())
+    assert given.grad.dtype == dtype
+    torch.testing.assert_close(given.grad.cpu().double(), truth.grad, rtol=1e-2, atol=1e-3)
