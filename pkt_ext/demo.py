@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from pkt_ext import artifact, demo_world, ops
+from pkt_ext import artifact, demo_steering, demo_world, ops
 from pkt_ext.demo_world import MODELS, DemoConfig, World
 from pkt_ext.errors import InputError
 from pkt_ext.finetune import FinetuneConfig, finetune
@@ -40,6 +40,7 @@ ARMS = {
     "grown": "Seeking, best-case teacher",
     "shuffled": "Seeking, shuffled teacher (-)",  # negative control
     "laten": "LaTen",
+    "semalign": "SemAlign",
     "injected": "injected difference (+)",  # positive control
 }
 MEASURES = {
@@ -61,8 +62,10 @@ EXPECTED = (
     "and >= 0.3 more than Gaussian LoRA in every seed",
     "must not differ: Seeking from a shuffled teacher recalls no more teacher-only facts than "
     "Gaussian LoRA",
-    "open: whether Seeking, Seeking from its best-case teacher, LaTen and PiSSA differ from "
-    "Gaussian LoRA",
+    "must fall, or the verdict says so: the KL to the teacher on held-out rows, by every objective "
+    "of SemAlign in every seed",
+    "open: whether Seeking, Seeking from its best-case teacher, LaTen, SemAlign and PiSSA differ "
+    "from Gaussian LoRA, and SemAlign's KL from that of distillation",
 )
 
 
@@ -111,6 +114,10 @@ def transfer(
         student = work / "student"
         details = {name: aligned[name] for name in ("blocks", "unedited_losses", "delta_norms")}
         details["edited_losses"] = aligned["losses"]
+    elif arm == "semalign":
+        details["closeness"] = demo_steering.steer(models, world, seed, work, config)
+        merge(student, work / demo_steering.SHOWN, work / "student", progress=False)
+        student = work / "student"
     elif arm == "injected":
         start = work / "start"
         factors = difference(_load(models / "taught"), _load(student), config.rank)
@@ -269,9 +276,20 @@ def plot(results: list[dict]) -> bytes | None:
     return buffer.getvalue()
 
 
-def _page(table: list[list[str]], lines: list[str], report: dict, picture: bytes | None) -> str:
+def _page(
+    table: list[list[str]],
+    closer: list[list[str]],
+    lines: list[str],
+    report: dict,
+    picture: bytes | None,
+) -> str:
     def tags(tag: str, texts) -> str:
         return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
+
+    def html_table(rows: list[list[str]]) -> str:
+        head, *rest = rows
+        body = "".join(f"<tr>{tags('td', row)}</tr>" for row in rest)
+        return f"<table><tr>{tags('th', head)}</tr>{body}</table>"
 
     image = tags("p", [_NO_PLOT])
     if picture:
@@ -287,8 +305,8 @@ img {{ max-width: 100% }} pre {{ white-space: pre-wrap }}
 <h1>Does knowledge move?</h1>
 <h2>Written down before running</h2><ol>{tags("li", EXPECTED)}</ol>
 <h2>Measured</h2><p>{html.escape(LEGEND)}</p>
-<table><tr>{tags("th", table[0])}</tr>
-{"".join(f"<tr>{tags('td', row)}</tr>" for row in table[1:])}</table>{image}
+{html_table(table)}{image}
+<p>{html.escape(demo_steering.LEGEND)}</p>{html_table(closer)}
 <h2>Verdict</h2>{tags("pre", [chr(10).join(lines)])}
 <h2>Every number</h2>
 <details><summary>report.json</summary>{tags("pre", [json.dumps(report, indent=1)])}</details>
@@ -351,6 +369,9 @@ def run(
         results = [_one_seed(seed, config, Path(cache), tick) for seed in range(seeds)]
     summary, verdict = summarise(results), judge(results)
     lines, table = conclusion(summary, verdict), _table(summary, seeds)
+    closeness = [result["details"]["semalign"]["closeness"] for result in results]
+    closer = demo_steering.table(closeness)
+    lines += demo_steering.conclusion(closeness)
     report = {
         "config": asdict(config) | {"seeds": seeds},
         "versions": artifact.versions(),
@@ -362,6 +383,8 @@ def run(
     }
     print("", LEGEND, "", sep="\n")
     _print_table(table)
+    print("", demo_steering.LEGEND, "", sep="\n")
+    _print_table(closer)
     print("", *lines, sep="\n")
     picture = plot(results)
     if picture is None:
@@ -369,7 +392,7 @@ def run(
     else:
         (out / "report.png").write_bytes(picture)
     artifact.write_json(out / "report.json", report)
-    (out / "report.html").write_text(_page(table, lines, report, picture), encoding="utf-8")
+    (out / "report.html").write_text(_page(table, closer, lines, report, picture), encoding="utf-8")
     print(f"\n{out / 'report.html'} has the details.")
     return report
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pkt_ext import demo, demo_world
+from pkt_ext import demo, demo_steering, demo_world
 from pkt_ext.demo_world import NEW, OLD, DemoConfig
 from pkt_ext.errors import InputError
 from pkt_ext.lora import read_adapter, write_adapter
@@ -172,7 +172,7 @@ def test_verdict_ranks_when_the_controls_hold():
     text = lines(made_up(seeking=(0.3, 0.35, 0.4), pissa=(0.07, 0.11, 0.09), grown=0.0))
     assert "inconclusive" not in text
     ranked = [line for line in text.splitlines() if line.startswith("  ")]
-    assert [float(line.split()[0]) for line in ranked] == [0.8, 0.35, 0.09, *[0.08] * 4, 0.0]
+    assert [float(line.split()[0]) for line in ranked] == [0.8, 0.35, 0.09, *[0.08] * 5, 0.0]
     assert "Seeking: higher" in text and "PiSSA LoRA: no difference" in text
     assert "best-case teacher: lower" in text
 
@@ -221,6 +221,8 @@ def test_demo_runs_every_arm(tmp_path, capsys):
     assert first["verdict"]["conclusive"] is False and "inconclusive" in printed  # three steps
     for label in demo.ARMS.values():
         assert label in printed
+    for label in ("raw student", *demo_steering.OBJECTIVES.values()):
+        assert label in printed.partition(demo_steering.LEGEND)[2]
     for expected in demo.EXPECTED:
         assert printed.index(expected) < printed.index("trained student")
     written = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -277,10 +279,28 @@ def test_arms_start_where_they_should(tmp_path):
     assert (moved - taught).norm() < 0.8 * (logits["raw"] - taught).norm()
 
 
+def test_what_steering_did_is_said():
+    def seed(cosine, fisher, geometry, distillation):
+        kl = dict(
+            student=1.0, cosine=cosine, fisher=fisher, geometry=geometry,
+            distillation=distillation, finetune=0.5,
+        )  # fmt: skip
+        return {key: {"kl": v, "agreement": v / 2, "perplexity": 9.0} for key, v in kl.items()}
+
+    seeds = [seed(0.5, 0.2, 0.3, 0.4), seed(1.5, 0.1, 0.5, 0.4)]
+    cosine, fisher, geometry = demo_steering.conclusion(seeds)
+    assert "rose in seeds 1 (+0.00), higher than by" in cosine
+    assert "fell in every seed (-0.85), lower than by" in fisher
+    assert "fell in every seed (-0.60), not always lower than by" in geometry
+    head, *rows = demo_steering.table(seeds)
+    assert [row[0] for row in rows] == ["raw student", *demo_steering.OBJECTIVES.values()]
+    assert rows[2][1:] == ["0.15 ± 0.07", "0.08", "9.00"]
+
+
 def test_without_matplotlib_there_is_no_plot(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert demo.plot(made_up()) is None
-    page = demo._page([["", "a"], ["b", "0.1"]], ["fine"], {}, None)
+    page = demo._page([["", "a"], ["b", "0.1"]], [[""], ["c"]], ["fine"], {}, None)
     assert "pip install" in page and "<img" not in page
 
 
