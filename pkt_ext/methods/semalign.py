@@ -140,7 +140,7 @@ def _transfer(job: Job, student, config, clock, kept, staging, report: dict, sho
                 fold_norm=config.fold_norm,
                 cache=_cache(config),
                 show=show,
-            )
+            ).to(job.streams[0].device)
         with clock("attribution"):
             scores = attribute(job, config, kept, show)
     with clock("pair"):
