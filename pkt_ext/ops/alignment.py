@@ -407,6 +407,7 @@ def _in_chunks(
             loss[part] = compare(part, logits, other_space)
             if gradient:
                 products.back(logits, gradients[part])
+            del logits  # before the next are allocated
     return loss, gradients
 
 

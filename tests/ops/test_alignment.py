@@ -408,8 +408,21 @@ def test_memory_is_a_chunk_whatever_the_rows(loss, dtype):
         operands = head_problem(loss, rows, vocab, width, 24, dtype)
         operands[0].requires_grad_()
         kept = rows * (width + 2) * 4  # gradients, and losses twice
-        peak = peak_bytes(lambda o=operands: HEADS[loss][0](*o, chunk_bytes=budget), CPU)
-        assert peak - kept <= budget
+        peak = peak_bytes(lambda o=operands: HEADS[loss][0](*o, chunk_bytes=budget), CPU) - kept
+        heads = [t for t in operands if len(t) == vocab] * (2 if loss == "fisher" else 1)
+        predicted = alignment.head_bytes(rows, heads, dtype, "cpu", budget)
+        assert 0.9 * predicted <= peak <= predicted <= budget
+
+
+def test_memory_is_predicted_without_memory():
+    """For a device that is not here and heads that are nowhere; what is rounded counts there."""
+    head = torch.empty(256_000, 4096, dtype=torch.bfloat16, device="meta")
+    here = alignment.head_bytes(10_000, [head, head], torch.bfloat16, "cpu")
+    there = alignment.head_bytes(10_000, [head, head], torch.bfloat16, "cuda")
+    assert 0.9 * alignment.CPU_CHUNK_BYTES <= here <= alignment.CPU_CHUNK_BYTES
+    assert 0.9 * alignment.CUDA_CHUNK_BYTES <= there <= alignment.CUDA_CHUNK_BYTES
+    row = alignment.head_bytes(1, [head], torch.bfloat16, "cuda", 1)
+    assert 6 * len(head) <= row <= 6.3 * len(head)
 
 
 def test_a_vocabulary_of_256k_fits_its_default_budget():
