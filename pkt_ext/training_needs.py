@@ -54,8 +54,7 @@ class TrainingNeeds:
             give_back_freed_memory()
         self.plan = plan
         layers = plan.config.num_hidden_layers
-        # blocks of two kinds take turns in some models: two at a time there
-        stride = 2 if len(set(getattr(plan.config, "layer_types", None) or ())) > 1 else 1
+        stride = block_stride(plan.config)
         few, many = min(stride, layers), min(2 * stride, layers)
         one, two = ([_step(plan, n, rows)[0] for rows in (1, 2)] for n in (few, many))
         more = (layers - few) / (many - few) if layers > few else 0
@@ -175,24 +174,10 @@ def fake_device(device: str) -> str:
 
 def _step(plan: TrainingPlan, layers: int, rows: int, flops: bool = False) -> tuple[int, int]:
     """(peak bytes, operations) of one forward, loss and backward, weights and adapter aside."""
-    from pkt_ext.attached import plain_peft_model
-
     student = on_meta(plan.config, plan.dtype, layers).train()
-    factors = {}
-    for path, module in student.named_modules():
-        if path not in plan.targets:
-            continue
-        rank = plan.targets[path]
-        out, size = matrix_shape(module)
-        zero = torch.zeros(())
-        if embedding := isinstance(module, torch.nn.Embedding):
-            out, size = size, out
-        factors[path] = Factor(zero.expand(rank, size), zero.expand(out, rank), embedding)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # copies to meta do nothing, as is meant
-        model = plain_peft_model(student, factors, dict.fromkeys(factors, 1.0), plan.dropout)
-        if plan.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+    model = with_adapters(student, plan.targets, plan.dropout)
+    if plan.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     device = fake_device(plan.device)
     with FakeTensorMode():
         fill_with_fakes(model, device)
@@ -206,6 +191,34 @@ def _step(plan: TrainingPlan, layers: int, rows: int, flops: bool = False) -> tu
             loss = model(input_ids=ids, attention_mask=mask, labels=ids).loss
             loss.backward()
     return (0, watch.get_total_flops()) if flops else (watch.peak, 0)
+
+
+def with_adapters(student, ranks: Mapping[str, int], dropout: float):
+    """A student on meta with LoRA on some of its modules, as a PeftModel.
+
+    Args:
+        ranks: module path -> rank; paths that the student does not have are passed over.
+    """
+    from pkt_ext.attached import plain_peft_model
+
+    factors = {}
+    for path, module in student.named_modules():
+        if path not in ranks:
+            continue
+        out, size = matrix_shape(module)
+        zero = torch.zeros(())
+        if embedding := isinstance(module, torch.nn.Embedding):
+            out, size = size, out
+        rank = ranks[path]
+        factors[path] = Factor(zero.expand(rank, size), zero.expand(out, rank), embedding)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # copies to meta do nothing, as is meant
+        return plain_peft_model(student, factors, dict.fromkeys(factors, 1.0), dropout)
+
+
+def block_stride(config) -> int:
+    """How many blocks are measured at a time: two, where blocks of two kinds take turns."""
+    return 2 if len(set(getattr(config, "layer_types", None) or ())) > 1 else 1
 
 
 def fill_with_fakes(model, device: str) -> None:

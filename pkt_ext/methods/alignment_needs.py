@@ -15,6 +15,7 @@ from pkt_ext.heap import give_back_freed_memory
 from pkt_ext.methods.alignment import losses_at
 from pkt_ext.methods.laten_inputs import Job, located_bytes
 from pkt_ext.methods.matching import KIND
+from pkt_ext.methods.students import bytes_in_memory, dtype_in_memory
 from pkt_ext.models.anatomy import describe
 from pkt_ext.models.injection import ROW_ROLES, Change, added
 from pkt_ext.models.replaced import recomputed
@@ -22,7 +23,7 @@ from pkt_ext.streaming.batches import ALIGNMENT, IGNORED
 from pkt_ext.streaming.footprint import Tracker, count_flops
 from pkt_ext.streaming.meter import resident_bytes
 from pkt_ext.streaming.needs import CONTEXT, SLACK
-from pkt_ext.training_needs import fake_device, fill_with_fakes, on_meta, weight_bytes
+from pkt_ext.training_needs import fake_device, fill_with_fakes, on_meta
 
 
 class AlignmentNeeds:
@@ -90,7 +91,7 @@ class AlignmentNeeds:
         matrix = 4 * d_t * max(d_t, d_s)
         always = {
             "process": self.process + (located_bytes(self.job) if on_cpu else 0),
-            "weights": self._weights(),
+            "weights": bytes_in_memory(self.student, self.device),
         }
         found = {
             # they are stacked while the last step's gradients are there
@@ -124,18 +125,9 @@ class AlignmentNeeds:
         count = self.job.counts[KIND[name]]
         return min(count, self.ours.kv_heads * self.ours.head_dim) if name == "v" else count
 
-    def _weights(self) -> int:
-        checkpoint = self.student.checkpoint
-        parameters = dict(self.student.model.named_parameters())
-        if checkpoint.quantisation:  # stays packed
-            return checkpoint.bytes_of(parameters)
-        return weight_bytes(checkpoint, parameters, self._dtype, self.device)
-
     @property
     def _dtype(self) -> torch.dtype:
-        """Of the student in memory."""
-        checkpoint = self.student.checkpoint
-        return checkpoint.dtype if checkpoint.folder is None else self.student.dtype
+        return dtype_in_memory(self.student)
 
     # --- one row through the student --------------------------------------------------------------
 

@@ -33,7 +33,7 @@ class Heads:
         """Of a student in memory, whose head is not copied where its first rows are all shared."""
         own = student.get_submodule(anatomy.head).weight.detach()
         device = own.device
-        ours, theirs = (_first_rows(ids) for ids in (shared.student, shared.teacher))
+        ours, theirs = (first_rows(ids) for ids in (shared.student, shared.teacher))
         return cls(
             own,
             own[ours if isinstance(ours, slice) else ours.to(device)],
@@ -81,7 +81,7 @@ class Closeness:
 def _favourites(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     """int64 [M]: the token of highest logit, the first among equals; a soft cap keeps the order."""
     states = states.float()
-    step = max(1, min(_LOGITS // max(1, len(states)), _HEAD // head.shape[1]))
+    step = _at_once(len(states), head)
     best = states.new_full((len(states),), -torch.inf)
     found = torch.zeros(len(states), dtype=torch.int64, device=states.device)
     for first in range(0, len(head), step):
@@ -92,7 +92,28 @@ def _favourites(states: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def _first_rows(ids: torch.Tensor) -> slice | torch.Tensor:
+def closeness_bytes(heads: Heads, rows: int, device: str) -> int:
+    """The most that `Closeness.add` takes for so many rows.
+
+    Args:
+        heads:  on any device, meta too.
+        device: "cpu" or "cuda", which need not be here.
+    """
+    both = heads.student, heads.teacher
+    most = ops.head_bytes(rows, both, heads.student.dtype, device)
+    for head in both:
+        step = min(len(head), _at_once(rows, head))
+        copied = 0 if head.dtype == torch.float32 else head.shape[1]
+        most = max(most, 4 * step * (rows + copied))
+    return most
+
+
+def _at_once(rows: int, head: torch.Tensor) -> int:
+    """Rows of a head."""
+    return max(1, min(_LOGITS // max(1, rows), _HEAD // head.shape[1]))
+
+
+def first_rows(ids: torch.Tensor) -> slice | torch.Tensor:
     """A slice where the ids are 0, 1, 2, ..."""
     count = len(ids)
     return slice(0, count) if torch.equal(ids, torch.arange(count)) else ids

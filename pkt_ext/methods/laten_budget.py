@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import torch
 
-from pkt_ext.errors import InputError
 from pkt_ext.methods.alignment_needs import AlignmentNeeds
 from pkt_ext.methods.laten_inputs import Job
 from pkt_ext.methods.locating import share_out
-from pkt_ext.streaming.budget import format_bytes, parse_bytes, smallest_that_works
+from pkt_ext.streaming.budget import parse_bytes, refuse_too_little
 
 _PLENTY = 2**60  # bytes: a budget that nothing exceeds
 
@@ -49,15 +48,5 @@ def refuse_what_is_too_little(limit: int, stages: dict[str, int], needs: Alignme
     Raises:
         InputError: names the smallest budget that works, and what needs it.
     """
-    stage = max(stages, key=stages.get)
-    if stages[stage] <= limit:
-        return
-    why = f"to {stage}"
-    if stage == "align":
-        most = max(needs.phases.values(), key=lambda parts: sum(parts.values()))
-        parts = sorted(most.items(), key=lambda item: -item[1])[:3]
-        why += ": " + ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
-    raise InputError(
-        f"{format_bytes(limit)} of memory is too little: the smallest --budget that works is "
-        f"{smallest_that_works(stages[stage])} ({why}); lower --max-length or --rate for less"
-    )
+    most = max(needs.phases.values(), key=lambda parts: sum(parts.values()))
+    refuse_too_little(limit, stages, {"align": most}, "lower --max-length or --rate for less")

@@ -12,6 +12,7 @@ import torch
 from pkt_ext.errors import InputError
 from pkt_ext.lora import load_student
 from pkt_ext.streaming.blocks import StreamedModel
+from pkt_ext.training_needs import weight_bytes
 
 
 def check_gradients(student: StreamedModel, device: torch.device) -> None:
@@ -26,6 +27,24 @@ def check_gradients(student: StreamedModel, device: torch.device) -> None:
             f"{student.checkpoint.name}: its weights are quantised ({kind}), and through those no "
             "gradient passes on a CPU; use the unquantised student, or --device cuda"
         )
+
+
+def dtype_in_memory(stream: StreamedModel) -> torch.dtype:
+    """Of the student that `in_memory` gives."""
+    checkpoint = stream.checkpoint
+    return checkpoint.dtype if checkpoint.folder is None else stream.dtype
+
+
+def bytes_in_memory(stream: StreamedModel, device: str) -> int:
+    """Of its weights there: none of those that are mapped or in memory already.
+
+    Args:
+        device: "cpu" or "cuda", which need not be here.
+    """
+    checkpoint, parameters = stream.checkpoint, dict(stream.model.named_parameters())
+    if checkpoint.quantisation:  # stays packed
+        return checkpoint.bytes_of(parameters)
+    return weight_bytes(checkpoint, parameters, dtype_in_memory(stream), device)
 
 
 @contextmanager

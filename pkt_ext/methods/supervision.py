@@ -101,16 +101,44 @@ class _Watcher(Visitor):
         self._observer.take(index, batch, seen[0])
 
 
+@dataclass(frozen=True)
+class Reading:
+    """One of the passes."""
+
+    stream: StreamedModel
+    samples: list[Sample]
+    backward: bool = False
+    width: int = 0  # D_s, where the teacher's rows are mapped
+
+
+def readings(job: Job, config) -> dict[str, Reading]:
+    """All passes that a run makes, by name, in their order."""
+    teacher, student = job.streams
+    sides = [part for part in (job.rows, job.held) if part is not None]
+    found, width = {}, 0
+    if not config.baseline:
+        samples = drawn(job.rows.teacher, config.attribution_rows, config.seed)
+        found["attribution"] = Reading(teacher, samples, backward=True)
+        if config.pairing_meant == "similarity":
+            rows = job.held or job.rows
+            found["compare teacher"] = Reading(teacher, rows.teacher)
+            found["compare student"] = Reading(student, rows.student)
+        width = student.anatomy.hidden_size
+    every = [sample for part in sides for sample in part.teacher]
+    found["targets"] = Reading(teacher, every, width=width)
+    return found
+
+
 def attribute(job: Job, config, kept: Progress, show: bool) -> torch.Tensor:
     """Gradient x activation of every teacher block, float64 [L_t]."""
     if line := kept.find("attribution"):
         return torch.tensor(line["scores"], dtype=torch.float64)
-    samples = drawn(job.rows.teacher, config.attribution_rows, config.seed)
-    predicted = _fit(job.streams[0], samples, config, kept, "attribution", backward=True)
+    reading = readings(job, config)["attribution"]
+    predicted = _fit(reading, config, kept, "attribution")
     passed: list[PassReport] = []
     scores = block_attribution(
-        job.streams[0],
-        samples,
+        reading.stream,
+        reading.samples,
         interface=config.attribution_meant,
         allotment=predicted.allotment,
         show=show,
@@ -128,17 +156,20 @@ def compare_blocks(job: Job, config, kept: Progress, show: bool) -> torch.Tensor
     if line := kept.find("similarity"):
         return torch.tensor(line["matrix"], dtype=torch.float64)
     rows = job.held or job.rows
-    files = []
+    files, costs = [], {}
     for which, who in enumerate(("teacher", "student")):
-        stream, samples = job.streams[which], (rows.teacher, rows.student)[which]
+        name = f"compare {who}"
+        reading = readings(job, config)[name]
+        stream, samples = reading.stream, reading.samples
         positions = [pair[which] for pair in rows.positions]
         width = stream.anatomy.hidden_size
         observer = Observer(samples, positions, kept.folder, f"block-{who}", width)
-        predicted = _fit(stream, samples, config, kept, f"compare {who}")
+        predicted = _fit(reading, config, kept, name)
         batches = stream.batches(samples, predicted.allotment.micro_batch)
         visitor = _Watcher(observer, config.interface_meant)
         with Pass(stream, batches, visitor, allotment=predicted.allotment, show=show) as run:
             run.forward()
+            costs[name] = _cost(run.report(), predicted)
         files.append([observer.files[block] for block in range(len(stream.block_names))])
     theirs, ours = files
     matrix = cka_matrix(
@@ -146,7 +177,7 @@ def compare_blocks(job: Job, config, kept: Progress, show: bool) -> torch.Tensor
         [file.read() for file in theirs],
         debiased=ours[0].shape[0] >= DEBIASED,
     )
-    kept.record("similarity", matrix=matrix.tolist())
+    kept.record("similarity", matrix=matrix.tolist(), costs=costs)
     for file in (*theirs, *ours):
         file.remove()
     return matrix
@@ -161,8 +192,9 @@ def supervise(
     show: bool,
 ) -> Supervision:
     """One forward of the teacher over all rows."""
-    stream, sides = job.streams[0], [part for part in (job.rows, job.held) if part is not None]
-    samples = [sample for part in sides for sample in part.teacher]
+    sides = [part for part in (job.rows, job.held) if part is not None]
+    reading = readings(job, config)["targets"]
+    stream, samples = reading.stream, reading.samples
     layer_places = Places.of(job.rows.teacher, [pair[0] for pair in job.layer_positions])
     positions = [pair[0] for part in sides for pair in part.positions]
     output_places = Places.of(samples, positions)
@@ -186,7 +218,7 @@ def supervise(
         kept.drop_from("targets")  # damaged: made again, and all that was learned from them
         line = None
     if line is None:
-        predicted = _fit(stream, samples, config, kept, "targets", carried=carried)
+        predicted = _fit(reading, config, kept, "targets")
         spent = make_targets(
             stream,
             samples,
@@ -201,8 +233,11 @@ def supervise(
         )
         line = {"cost": _cost(spent, predicted)}
         kept.record("targets", checksums=[file.checksum() for file in files], **line)
-    attribution = kept.find("attribution")
-    passes = {} if attribution is None else {"attribution": attribution["cost"]}
+    passes = {}
+    if (found := kept.find("attribution")) is not None:
+        passes["attribution"] = found["cost"]
+    if (found := kept.find("similarity")) is not None:
+        passes |= found["costs"]
     return Supervision(
         layers, layer_places, output, output_places, seen, passes | {"targets": line["cost"]}
     )
@@ -216,46 +251,59 @@ def drawn(samples: Sequence[Sample], count: int, seed: int) -> list[Sample]:
     return [samples[i] for i in chosen]
 
 
-def target_bytes(stream: StreamedModel, samples: Sequence[Sample], config, width: int) -> dict:
-    """Phase -> bytes beside the pass, as `needs.ForwardNeeds` wants them.
+def target_bytes(reading: Reading, config) -> dict[str, int]:
+    """Phase -> bytes beside a forward pass, as `needs.ForwardNeeds` wants them."""
+    theirs, lengths = (
+        reading.stream.anatomy.hidden_size,
+        [len(s.input_ids) for s in reading.samples],
+    )
+    # what is seen at the interface, in float32 and by the samples' rows, and these mapped
+    seen = 4 * config.micro_batch * max(lengths) * (3 * theirs + reading.width)
+    return {
+        "forward": 4 * theirs * reading.width + seen,
+        "output": 4 * 4 * min(PIECE, sum(lengths) * theirs),
+    }
+
+
+def share_out(
+    reading: Reading,
+    config,
+    budget: int | None,
+    *,
+    device: torch.device | None = None,
+    known: dict | None = None,
+) -> Prediction:
+    """How a pass shares out its memory, and what it is predicted to take.
 
     Args:
-        width: D_s; 0 where nothing is mapped.
+        budget, device: see `budget.fit`.
+        known: of an interrupted run, what touches the rounding.
+    Raises:
+        InputError: the budget is too small; names the smallest that works.
     """
-    theirs = stream.anatomy.hidden_size
-    tokens = config.micro_batch * max(len(sample.input_ids) for sample in samples)
-    # what is seen at the interface, in float32 and by the samples' rows, and these mapped
-    seen = 4 * tokens * (3 * theirs + width)
-    return {"forward": 4 * theirs * width + seen, "output": 4 * 4 * PIECE}
-
-
-def _fit(
-    stream: StreamedModel,
-    samples: Sequence[Sample],
-    config,
-    kept: Progress,
-    name: str,
-    *,
-    backward: bool = False,
-    carried: SemanticMap | None = None,
-) -> Prediction:
-    """How a pass shares out its memory; a resumed run keeps what touches the rounding."""
-    width = 0 if carried is None else carried.matrix.shape[0]
-    predicted = fit(
-        stream,
-        samples,
-        config.budget and parse_bytes(config.budget),
+    return fit(
+        reading.stream,
+        reading.samples,
+        budget,
         micro_batch=config.micro_batch,
-        extra={} if backward else target_bytes(stream, samples, config, width),
+        extra={} if reading.backward else target_bytes(reading, config),
         outer=False,
         scored=False,
         durable=False,
-        backward=backward,
-        fixed=kept.state.get(f"allotment {name}"),
+        backward=reading.backward,
+        fixed=known,
+        device=device,
     )
+
+
+def _fit(reading: Reading, config, kept: Progress, name: str) -> Prediction:
+    """`share_out`; a resumed run keeps what touches the rounding."""
+    name = f"allotment {name}"
+    budget = config.budget and parse_bytes(config.budget)
+    predicted = share_out(reading, config, budget, known=kept.state.get(name))
     allotment = predicted.allotment
     rounding = {"micro_batch": allotment.micro_batch, "head_rows": allotment.head_rows}
-    kept.remember(**{f"allotment {name}": rounding})
+    kept.remember(**{name: rounding})
     return predicted
 
 

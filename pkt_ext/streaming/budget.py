@@ -175,6 +175,30 @@ def smallest_that_works(peak: int) -> str:
     return format_bytes(peak + 8 * 2**20)
 
 
+def refuse_too_little(
+    limit: int, stages: Mapping[str, int], parts: Mapping[str, Mapping[str, int]], instead: str
+) -> None:
+    """Refuse a budget that one of a run's stages does not fit into.
+
+    Args:
+        stages:  stage, as "align" -> bytes that it takes at least.
+        parts:   of some of them, ingredient -> bytes.
+        instead: what else the user can do.
+    Raises:
+        InputError: names the smallest budget that works for all, and what needs it.
+    """
+    stage = max(stages, key=stages.get)
+    if stages[stage] <= limit:
+        return
+    why = f"to {stage}"
+    if stage in parts:
+        why += f": {_largest(parts[stage])}"
+    raise InputError(
+        f"{format_bytes(limit)} of memory is too little: the smallest --budget that works is "
+        f"{smallest_that_works(stages[stage])} ({why}); {instead}"
+    )
+
+
 def _free_host_bytes() -> int:
     """Of the machine's free memory what is this process's; others of the same job have as much."""
     try:
@@ -215,5 +239,10 @@ def _sizes(most: int) -> list[int]:
 
 def _largest_parts(prediction: Prediction) -> str:
     phase = max(prediction.peaks, key=prediction.peaks.get)
-    parts = sorted(prediction.phases[phase].items(), key=lambda item: -item[1])[:3]
-    return f"{phase}: " + ", ".join(f"{name} {format_bytes(size)}" for name, size in parts)
+    return f"{phase}: {_largest(prediction.phases[phase])}"
+
+
+def _largest(parts: Mapping[str, int]) -> str:
+    """The three largest ingredients."""
+    most = sorted(parts.items(), key=lambda item: -item[1])[:3]
+    return ", ".join(f"{name} {format_bytes(size)}" for name, size in most)
