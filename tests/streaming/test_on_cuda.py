@@ -162,3 +162,22 @@ def test_laten_from_end_to_end(place, tmp_path):
     more = ["--rate=0.2", "--rows=2", "--device=cuda", f"--out={tmp_path / 'out'}"]
     assert cli.run(["laten", *models(place), *files, *more]) == 0
     assert artifact.verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("objective", ["cosine", "fisher", "geometry"])
+def test_semalign_sees_the_same_on_both(place, tmp_path, objective):
+    found = []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        more = [f"--data={place / 'rows.jsonl'}", f"--out={out}", f"--device={device}"]
+        more += [f"--objective={objective}", "--steps=2", "--batch=2", "--micro-batch=2"]
+        more += ["--hold-out=0.4", "--map-cache=none"]
+        assert cli.run(["semalign", *models(place), *more]) == 0
+        assert artifact.verify(out) == []
+        found.append(json.loads((out / "report.json").read_bytes()))
+    here, there = found
+    assert here["pairs"] == there["pairs"]
+    assert here["attribution"] == pytest.approx(there["attribution"], rel=1e-3, abs=1e-6)
+    assert here["before"]["kl"] == pytest.approx(there["before"]["kl"], rel=1e-3)
+    for one, two in zip(here["losses"], there["losses"], strict=True):
+        assert one["losses"][0] == pytest.approx(two["losses"][0], rel=1e-3)
