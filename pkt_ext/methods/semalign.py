@@ -29,15 +29,22 @@ from pkt_ext.heap import give_back_freed_memory
 from pkt_ext.lora import adapter_card
 from pkt_ext.merge import write_trained
 from pkt_ext.methods import layer_maps
+from pkt_ext.methods.semalign_budget import (
+    map_chunk,
+    map_needs,
+    planned_bytes,
+    training_bytes,
+)
 from pkt_ext.methods.semalign_config import SemAlignConfig
 from pkt_ext.methods.semalign_inputs import Job, prepare, run_record, state
 from pkt_ext.methods.semantic_map import SemanticMap, build_map
 from pkt_ext.methods.steering import Steering
 from pkt_ext.methods.students import in_memory
-from pkt_ext.methods.supervision import Supervision, attribute, compare_blocks, supervise
+from pkt_ext.methods.supervision import attribute, compare_blocks, supervise
 from pkt_ext.methods.targets import Phase, Source
 from pkt_ext.methods.windows import Clock
 from pkt_ext.settings import refuse_processes
+from pkt_ext.streaming.budget import parse_bytes
 from pkt_ext.streaming.meter import PeakMemory
 from pkt_ext.streaming.progress import Progress
 
@@ -99,6 +106,8 @@ def align(
         shutil.rmtree(place)
         return finished
     durable = all(stream.checkpoint.folder is not None for stream in job.streams)
+    with clock("prepare"):
+        report["train_predicted_bytes"] = training_bytes(job, config)
     kept: Progress | None = None
     try:
         with artifact.publish(
@@ -108,6 +117,7 @@ def align(
             report=report,
             card=None,
             overwrite=overwrite,
+            planned_bytes=planned_bytes(job, config, place),
         ) as staging:
             if job.dropped:
                 log.warning("%d rows left out; report.json names them", len(job.dropped))
@@ -130,17 +140,10 @@ def align(
 
 def _transfer(job: Job, student, config, clock, kept, staging, report: dict, show: bool) -> None:
     """All stages: fills the staging folder and the report."""
-    carried, scores = None, None
+    carried, scores, passes = None, None, {}
     if not config.baseline:
         with clock("map"):
-            carried = build_map(
-                *job.streams,
-                job.shared,
-                variant=config.map_meant,
-                fold_norm=config.fold_norm,
-                cache=_cache(config),
-                show=show,
-            ).to(job.streams[0].device)
+            carried, passes["map"] = _map(job, config, kept, show)
         with clock("attribution"):
             scores = attribute(job, config, kept, show)
     with clock("pair"):
@@ -164,9 +167,28 @@ def _transfer(job: Job, student, config, clock, kept, staging, report: dict, sho
         peak = memory.bytes
         with clock("write"):
             _write(staging, model, steering, job, config, report)
-    report.update(_report(job, config, phases, carried, scores, supervision))
+    report.update(_report(job, config, phases, carried, scores, passes | supervision.passes))
     report.update(losses=losses, before=before, after=after)
     report.update(seconds=dict(clock.seconds), train_peak_bytes=peak)
+
+
+def _map(job: Job, config, kept: Progress, show: bool) -> tuple[SemanticMap, dict]:
+    """(the map, what it cost); a resumed run keeps what touches the rounding."""
+    chunk = kept.state.get("map chunk") or map_chunk(job, config)
+    kept.remember(**{"map chunk": chunk})
+    predicted = map_needs(job, config, chunk)
+    with PeakMemory(job.streams[0].device) as memory:
+        carried = build_map(
+            *job.streams,
+            job.shared,
+            variant=config.map_meant,
+            fold_norm=config.fold_norm,
+            cache=_cache(config),
+            show=show,
+            chunk_bytes=chunk,
+        )
+    cost = {"peak_bytes": memory.bytes, "predicted_bytes": predicted, "chunk_bytes": chunk}
+    return carried.to(job.streams[0].device), cost
 
 
 def phases_of(job: Job, config, scores, similarity) -> list[Phase]:
@@ -245,7 +267,7 @@ def _report(
     phases: list[Phase],
     carried: SemanticMap | None,
     scores,
-    supervision: Supervision,
+    passes: dict[str, dict],
 ) -> dict:
     sides = [part for part in (job.rows, job.held) if part is not None]
     return {
@@ -259,7 +281,8 @@ def _report(
             for phase in phases
             if phase.block is not None
         ],
-        "passes": supervision.passes,
+        "budget": config.budget and parse_bytes(config.budget),
+        "passes": passes,
         "rows": {
             "trained": len(job.rows.student),
             "held_out": len(job.held.student) if job.held else 0,

@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
-from math import prod
 from pathlib import Path
 
 import torch
 
 from pkt_ext.methods.semalign_inputs import Job
-from pkt_ext.methods.semalign_needs import SteeringNeeds, phase_count, trained_numbers
+from pkt_ext.methods.semalign_needs import (
+    SteeringNeeds,
+    matrix_bytes,
+    phase_count,
+    trained_numbers,
+)
 from pkt_ext.methods.semantic_map import CHUNK_BYTES, map_bytes
 from pkt_ext.methods.students import dtype_in_memory
 from pkt_ext.methods.supervision import OBSERVED, readings, share_out
@@ -44,7 +48,7 @@ def least_bytes(
     beside = 0  # what the map has left, and has loaded
     if not config.baseline:
         stages["build the map"] = map_needs(job, config, _CHUNKS[-1], device)
-        beside = (SLACK + matrix_bytes(job)) if on_cpu else 0
+        beside = matrix_bytes(job) + (SLACK if on_cpu else 0)
     for name, reading in readings(job, config).items():
         verb = {"attribution": "attribute", "targets": "make the targets"}.get(name, name)
         stages[verb] = share_out(reading, config, _PLENTY, device=device).least + beside
@@ -62,11 +66,6 @@ def refuse_what_is_too_little(limit: int, stages: dict[str, int], needs: Steerin
 
 
 # --- the map --------------------------------------------------------------------------------------
-
-
-def matrix_bytes(job: Job) -> int:
-    """Of the map itself."""
-    return 4 * prod(anatomy.hidden_size for anatomy in job.anatomies)
 
 
 def map_needs(job: Job, config, chunk: int, device: torch.device | None = None) -> int:

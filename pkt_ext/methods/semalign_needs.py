@@ -140,8 +140,8 @@ class SteeringNeeds:
             "weights": bytes_in_memory(self.stream, self.device),
             "heads": self._head_copies(),
         }
-        if not self.config.baseline and on_cpu:  # the map, which the report is still to tell of
-            always["process"] += 4 * prod(a.hidden_size for a in self.job.anatomies)
+        if not self.config.baseline:  # of which the report is still to tell
+            always["map"] = matrix_bytes(self.job)
         found, largest = {}, 0
         for phase, block in self._blocks().items():
             now = sum(trained) if self.config.baseline else trained[block]
@@ -383,6 +383,11 @@ def trained_numbers(stream: StreamedModel, config) -> list[int]:
         ranks = lora_ranks(stream.anatomy, config, [block])
         found.append(sum(rank * sum(shape(f"{path}.weight")) for path, rank in ranks.items()))
     return found
+
+
+def matrix_bytes(job: Job) -> int:
+    """Of the map itself."""
+    return 4 * prod(anatomy.hidden_size for anatomy in job.anatomies)
 
 
 def phase_count(stream: StreamedModel, config) -> int:
