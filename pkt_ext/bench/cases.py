@@ -103,7 +103,7 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
         "neuron_score": _NEURONS,
         "alignment": [
             KlRows("llama2 logits", 512, 32000),
-            HeadKl("llama2-13b -> 7b, heads / 4", 512, 1024, 1280, 32000),
+            HeadKl("llama2-13b -> 7b, heads / 4", 128, 1024, 1280, 32000),
         ],
         "streaming": [Streamed("llama, 14 M weights", 512, 1408, 2, 8000, 4, 128)],
     },
@@ -127,8 +127,8 @@ CASES: dict[tuple[str, str], dict[str, list[Spec]]] = {
         "neuron_score": _MORE_NEURONS,
         "alignment": [
             KlRows("qwen2.5 logits", 128, 151936),
-            HeadKl("qwen2.5-1.5b -> 0.5b", 220, 896, 1536, 151936),
-            HeadKl("llama2-13b -> 7b, heads / 4, bf16", 512, 1024, 1280, 32000, BF16),
+            HeadKl("qwen2.5-1.5b -> 0.5b", 110, 896, 1536, 151936),
+            HeadKl("llama2-13b -> 7b, heads / 4, bf16", 128, 1024, 1280, 32000, BF16),
         ],
         "streaming": [
             Streamed("llama, 43 M weights", 768, 2048, 4, 16000, 4, 128),
