@@ -12,8 +12,8 @@ c(z) = cap tanh(z / cap) is a model's soft cap on its logits (Gemma 2), c(z) = z
 A row with a NaN or an infinity, among logits, targets or states, has a NaN loss and a gradient of
 NaN, and does not touch its neighbours. Sums over a row are float32 lanes within 512 columns and
 float64 beyond (on a GPU four columns and float64): losses and gradients are within 2^-18 of their
-terms' magnitudes of what float64 makes of the same float32 logits, under a cap 2^-20 cap / tau more.
-Our part has equal bits on any thread count and in every run; torch's products need not.
+terms' magnitudes of what float64 makes of the same float32 logits, a cap adds 2^-20 cap / tau. Our
+part has equal bits on any thread count and in every run; torch's products need not.
 """
 
 from __future__ import annotations
