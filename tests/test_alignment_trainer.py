@@ -419,11 +419,11 @@ def test_collate():
             collate([items[0], items[2] | {"layer": odd}])
 
 
-def test_example(teacher, tmp_path, monkeypatch):
-    """As written: one block of the saved student has changed."""
+def test_example(tmp_path, monkeypatch):
+    """As written, with a shallower teacher whose head is padded: one block has changed."""
     student, anatomy = build()
     zoo.save(student, tmp_path / "student")
-    zoo.save(teacher, tmp_path / "teacher")
+    zoo.save(zoo.build("gemma2", layers=1, vocab=zoo.VOCAB + 8), tmp_path / "teacher")
     rows = [{"prompt": f"what is {i}", "completion": f"it is {i} of course"} for i in range(9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.chdir(tmp_path)
