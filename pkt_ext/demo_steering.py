@@ -19,10 +19,10 @@ OBJECTIVES = {
     "finetune": "fine-tuning",
 }
 SHOWN = "geometry"  # the one that goes on as an arm
+MEASURES = ("kl", "agreement")
 LEGEND = (
     "Distance from the teacher on held-out shared facts: KL in nats a position, share of positions "
-    "with the same most probable word; perplexity of shared facts in old wordings. Same rows, "
-    "steps and rate."
+    "with the same most probable word. Same rows, steps and rate."
 )
 
 
@@ -35,7 +35,6 @@ def steer(
     """
     rows = demo_world.make_rows(world.tuned, demo_world.NEW)
     held = demo_world.make_rows(world.shared[len(world.tuned) :], demo_world.NEW)
-    old = demo_world.make_rows(world.shared[len(world.tuned) :], demo_world.OLD)
     found = {}
     for objective in OBJECTIVES:
         settings = semalign.SemAlignConfig(
@@ -44,7 +43,7 @@ def steer(
             steps=max(1, config.tune_steps // config.student[2]),
             batch=config.tune_batch,
             micro_batch=config.tune_batch,
-            learning_rate=config.tune_rate,
+            learning_rate=config.steer_rate,
             rank=config.rank,
             alpha=config.rank,
             gradient_checkpointing=False,
@@ -59,7 +58,6 @@ def steer(
             work / objective,
             settings,
             holdout=held,
-            unrelated=old,
             progress=False,
         )
         found.setdefault("student", report["before"])
@@ -69,15 +67,13 @@ def steer(
 
 def table(closeness: list[dict]) -> list[list[str]]:
     """Rows of cells: means over the seeds, and the standard deviation of the KL."""
-    rows = [["", "KL to teacher", "agreement", "perplexity"]]
+    rows = [["", "KL to teacher", "agreement"]]
     for key, name in {"student": "raw student", **OBJECTIVES}.items():
-        columns = {
-            measure: [seed[key][measure] for seed in closeness]
-            for measure in ("kl", "agreement", "perplexity")
-        }
-        kl, agreement, perplexity = map(statistics.fmean, columns.values())
-        spread = f" ± {statistics.stdev(columns['kl']):.2f}" if len(closeness) > 1 else ""
-        rows.append([name, f"{kl:.2f}{spread}", f"{agreement:.2f}", f"{perplexity:.2f}"])
+        kl, agreement = ([seed[key][measure] for seed in closeness] for measure in MEASURES)
+        spread = f" ± {statistics.stdev(kl):.2f}" if len(closeness) > 1 else ""
+        rows.append(
+            [name, f"{statistics.fmean(kl):.2f}{spread}", f"{statistics.fmean(agreement):.2f}"]
+        )
     return rows
 
 

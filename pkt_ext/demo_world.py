@@ -50,6 +50,7 @@ class DemoConfig:
     seed_rows: int = 32  # rows of an extraction
     align_steps: int = 20  # of LaTen's hypernetwork
     align_rate: float = 1e-2
+    steer_rate: float = 2e-3  # of SemAlign and its baselines
 
 
 MODELS = {"student": 2, "teacher": 5, "taught": 2, "grown": 5}  # relative times, for the estimate
