@@ -12,6 +12,7 @@ import model_zoo as zoo
 import pytest
 import torch
 from safetensors.torch import load_file
+from semantics import byte_level
 
 from pkt_ext import artifact
 from pkt_ext.errors import InputError
@@ -294,6 +295,38 @@ def test_two_tokenizers(tmp_path):
     assert report["losses"][0]["layer_losses"][0] == pytest.approx(
         whole["losses"][0]["layer_losses"][0], abs=0.05
     )
+    assert report["after"]["kl"] < report["before"]["kl"]
+
+
+def test_two_families_with_tokenizers_of_their_own(tmp_path):
+    """The KL is that of the same text, over the tokens of both: in plain loops, in float64."""
+    place = Place(tmp_path, "gemma2", "qwen3")
+    tokens = byte_level(added=("It is", ", of"), special=("<pad>", "<|endoftext|>"))
+    zoo.save(place.student, tmp_path / "student", tokens=tokens)
+    report = place.run(replace(CONFIG, objective="fisher", learning_rate=1e-3))
+    sides = (place.teacher, zoo.tokenizer()), (place.student, tokens)
+    words = [tokenizer.get_vocab() for _, tokenizer in sides]
+    both = sorted(words[0].keys() & words[1].keys())  # and the end, whatever it is called
+    ids = [
+        [*(known[word] for word in both), tokenizer.eos_token_id]
+        for known, (_, tokenizer) in zip(words, sides, strict=True)
+    ]
+    assert report["shared_tokens"] == len(ids[0]) == 258
+    kl, count = 0.0, 0
+    for row in HELD:
+        prompt, found = f"<|user|>\n{row['prompt']}\n\n<|assistant|>\n", []
+        for (model, tokenizer), own in zip(sides, ids, strict=True):
+            read = tokenizer(prompt + row["completion"])["input_ids"]
+            with torch.no_grad():
+                logits = model(torch.tensor([read])).logits[0].double()[:, own]
+            ends = range(1, len(read) + 1)
+            texts = [tokenizer.decode(read[:end], skip_special_tokens=True) for end in ends]
+            found.append(dict(zip(texts, logits.log_softmax(-1), strict=True)))
+        for text in found[0].keys() & found[1].keys():
+            if text.startswith(prompt):
+                log_p, log_q = (log[text] for log in found)
+                kl, count = kl + float((log_p.exp() * (log_p - log_q)).sum()), count + 1
+    assert report["before"]["kl"] == pytest.approx(kl / count, rel=1e-4)
     assert report["after"]["kl"] < report["before"]["kl"]
 
 
