@@ -153,6 +153,8 @@ def read(folder: str | os.PathLike, kind: str | tuple[str, ...] | None = None) -
         hint = ""
         if found == "init":
             hint = "; a Seeking start is no adapter for the student: run pkt finetune on it first"
+        elif found == "model":
+            hint = "; it is a complete model, to be loaded as it is"
         raise InputError(f"{folder} is of kind {found!r}, expected {' or '.join(wanted)}{hint}")
     return run
 

@@ -65,6 +65,11 @@ def transfer(recipe: dict, overwrite: bool = False) -> None:
             f"({', '.join(stages)})"
         )
     settings = {name: _stage_settings(name, stages[name], recipe[name]) for name in wanted}
+    if "merge" in settings and settings.get("steer", {}).get("train") == "block":
+        raise InputError(
+            "steer: with train: block it leaves a complete model, no adapter to merge; leave merge "
+            "out"
+        )
     state = {
         "recipe": {"method": method, "teacher": teacher, "student": student, **settings},
         "data": {

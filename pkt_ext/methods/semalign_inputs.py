@@ -17,6 +17,7 @@ from pkt_ext import artifact
 from pkt_ext.data import Row, encode, read_rows
 from pkt_ext.errors import InputError
 from pkt_ext.methods.seeking_inputs import longest_row
+from pkt_ext.methods.semantic_map import check_shared
 from pkt_ext.methods.students import check_gradients
 from pkt_ext.methods.vocabulary import SharedVocabulary, shared_vocabulary
 from pkt_ext.models.anatomy import Anatomy
@@ -59,6 +60,8 @@ def prepare(models, tokenizers, data, holdout, unrelated, config) -> Job:
     streams = pair(checkpoints, config, trainer_device(config.device))
     tokenizers = [t or s.checkpoint.tokenizer() for t, s in zip(tokenizers, streams, strict=True)]
     shared = shared_vocabulary(*tokenizers, *(s.anatomy.vocab_size for s in streams))
+    if not config.baseline:
+        check_shared(shared, max(s.anatomy.hidden_size for s in streams))
     length = min(longest_row(stream, config) for stream in streams)
 
     def read(rows: list[Row]) -> PairedRows:
@@ -71,15 +74,24 @@ def prepare(models, tokenizers, data, holdout, unrelated, config) -> Job:
             train_on_inputs=config.train_on_inputs,
         )
 
-    rows = read_rows(data)
+    found = read(read_rows(data))
+    dropped = list(found.dropped)
     if holdout is None:
-        rows, kept = _split(rows, config)
+        found, held = _split(found, config)
     else:
-        kept = read_rows(holdout)
-    found, held = _distinct(read(rows), read(kept) if kept else None)
-    dropped = [*found.dropped, *(held.dropped if held else ())]
-    others = _unrelated(unrelated, tokenizers[1], length, config.prompt_format)
-    places = _layer_positions(found, shared, config)
+        held = _read_held_out(holdout, read)
+        dropped += held.dropped
+        found, held = _distinct(found, held)
+    others = []
+    if unrelated is not None:
+        others, without = _unrelated(unrelated, tokenizers[1], length, config.prompt_format)
+        dropped += without
+    for stream, name in zip(streams, ("teacher", "student"), strict=True):
+        for part in (found, held):
+            if part is not None:
+                stream.check(getattr(part, name))
+    streams[1].check(others)
+    places = layer_positions(found, shared, config)
     return Job(streams, shared, found, places, held, others, dropped)
 
 
@@ -108,7 +120,9 @@ def pair(
                 f"{stream.checkpoint.name}: its head has a bias, which no semantic basis knows of; "
                 "choose another model"
             )
-    if config.train == "block" and student.checkpoint.quantisation:
+    if config.train == "lora":
+        _check_modules(student, config)
+    elif student.checkpoint.quantisation:
         raise InputError(
             f"{student.checkpoint.name}: its weights are quantised, and cannot be trained "
             "themselves; use --train lora"
@@ -116,19 +130,60 @@ def pair(
     return teacher, student
 
 
-def _split(rows: list[Row], config) -> tuple[list[Row], list[Row]]:
-    """(rows to train on, rows to look at), drawn by the seed, each in its order."""
-    count = min(math.ceil(config.hold_out * len(rows)), HELD_OUT, len(rows) - 1)
-    drawn = set(random.Random(config.seed).sample(range(len(rows)), count))
-    parts = [row for i, row in enumerate(rows) if i not in drawn], sorted(drawn)
-    return parts[0], [rows[i] for i in parts[1]]
+def _check_modules(student: StreamedModel, config) -> None:
+    """Every block has to have something to train, whichever it will be.
+
+    Raises:
+        InputError: one has none of the chosen modules.
+    """
+    for path, projections in zip(student.anatomy.blocks, student.anatomy.projections, strict=True):
+        roles = [projection.role for projection in projections]
+        if not set(roles) & set(config.roles):
+            raise InputError(
+                f"modules is {config.modules!r}, but {path} of {student.checkpoint.name} has "
+                f"{','.join(dict.fromkeys(roles))}; give some of these"
+            )
 
 
-def _distinct(rows: PairedRows, held: PairedRows | None) -> tuple[PairedRows, PairedRows | None]:
+def _read_held_out(source, read) -> PairedRows:
+    """Rows to look at only; an error says that they are meant."""
+    rows = read_rows(source)
+    try:
+        return read(rows)
+    except InputError as error:
+        raise InputError(f"rows to hold out: {error}") from error
+
+
+def _split(rows: PairedRows, config) -> tuple[PairedRows, PairedRows | None]:
+    """(rows to train on, rows to look at), drawn by the seed, each in its order.
+
+    Of the rows that are left: one that was dropped cannot be what is looked at.
+    """
+    total = len(rows.student)
+    drawn = set(random.Random(config.seed).sample(range(total), held_out(total, config)))
+    if not drawn:
+        return rows, None
+    return _some(rows, set(range(total)) - drawn), _some(rows, drawn)
+
+
+def _some(rows: PairedRows, chosen: set[int]) -> PairedRows:
+    """These of the rows, in their order."""
+    names = {rows.student[index].id for index in chosen}
+    teacher, student, positions = (
+        [each[index] for index in sorted(chosen)]
+        for each in (rows.teacher, rows.student, rows.positions)
+    )
+    truncated = [name for name in rows.truncated if name in names]
+    return PairedRows(teacher, student, positions, [], truncated, rows.example)
+
+
+def held_out(rows: int, config) -> int:
+    """How many of so many rows are only looked at."""
+    return min(math.ceil(config.hold_out * rows), HELD_OUT, rows - 1)
+
+
+def _distinct(rows: PairedRows, held: PairedRows) -> tuple[PairedRows, PairedRows]:
     """With ids that occur once in both together."""
-    if held is None:
-        found = [with_distinct_ids(side) for side in (rows.teacher, rows.student)]
-        return replace(rows, teacher=found[0], student=found[1]), None
     count = len(rows.teacher)
     theirs = with_distinct_ids([*rows.teacher, *held.teacher])
     ours = with_distinct_ids([*rows.student, *held.student])
@@ -138,7 +193,7 @@ def _distinct(rows: PairedRows, held: PairedRows | None) -> tuple[PairedRows, Pa
     )
 
 
-def _layer_positions(rows: PairedRows, shared: SharedVocabulary, config) -> list[Positions]:
+def layer_positions(rows: PairedRows, shared: SharedVocabulary, config) -> list[Positions]:
     """Where a layer loss looks; of all positions only those can be that both models have."""
     if config.positions_meant == "supervised" or not shared.identical:
         return rows.positions
@@ -146,12 +201,11 @@ def _layer_positions(rows: PairedRows, shared: SharedVocabulary, config) -> list
     return [(each, each) for each in every]
 
 
-def _unrelated(source, tokenizer, length: int, form: str) -> list[Sample]:
-    if source is None:
-        return []
+def _unrelated(source, tokenizer, length: int, form: str):
+    """(the samples, every token of which is predicted; what was dropped)."""
     found = encode(read_rows(source), tokenizer, max_length=length, prompt_format=form)
     whole = [replace(sample, labels=sample.input_ids) for sample in found.samples]
-    return with_distinct_ids(whole)
+    return with_distinct_ids(whole), found.dropped
 
 
 def run_record(job: Job, data, holdout, unrelated, config) -> dict:

@@ -79,6 +79,21 @@ class SemanticMap:
         return states @ self.matrix.to(states.device).T
 
 
+def check_shared(shared: SharedVocabulary, widest: int) -> None:
+    """Whether there are tokens enough for a map.
+
+    Args:
+        widest: the larger of both hidden sizes.
+    Raises:
+        InputError: there are fewer.
+    """
+    if len(shared) < widest:
+        raise InputError(
+            f"the tokenizers share {len(shared)} tokens, but hidden size {widest} takes as many at "
+            "least; choose a pair of models whose vocabularies overlap"
+        )
+
+
 def unit(rows: torch.Tensor) -> torch.Tensor:
     """Rows [..., D] by their lengths; what is zero stays zero."""
     return rows * _inverse_lengths(rows)
@@ -122,12 +137,7 @@ def build_map(
         HeadRows(stream, ids, fold_norm=fold_norm)
         for stream, ids in ((teacher, shared.teacher), (student, shared.student))
     ]
-    widest = max(head.width for head in heads)
-    if len(shared) < widest:
-        raise InputError(
-            f"the tokenizers share {len(shared)} tokens, but hidden size {widest} takes as many at "
-            "least; choose a pair of models whose vocabularies overlap"
-        )
+    check_shared(shared, widest := max(head.width for head in heads))
     options = {"variant": variant, "fold_norm": fold_norm, "ridge": ridge}
     chunk = max(1, chunk_bytes // (8 * widest))
     key = None

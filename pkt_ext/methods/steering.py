@@ -19,6 +19,7 @@ from torch import nn
 from pkt_ext import objectives
 from pkt_ext.alignment_trainer import train_phase
 from pkt_ext.baselines import gaussian_factors
+from pkt_ext.errors import NonFiniteError
 from pkt_ext.lora import attach_factors
 from pkt_ext.methods.closeness import Closeness, Heads
 from pkt_ext.methods.semalign_inputs import Job
@@ -87,12 +88,39 @@ class Steering:
                 reports.append(line["report"])
                 continue
             prefix = self._prefix(prefix, phase.block)
-            reports.append(self._train(number, phase, parameters, prefix, show))
+            try:
+                reports.append(self._train(number, phase, parameters, prefix, show))
+            except NonFiniteError as error:
+                raise self._damaged() or error from error
+            if bad := [name for name, p in parameters.items() if not _finite(p)]:
+                raise NonFiniteError(
+                    f"{bad[0]} holds NaN or Inf when it is trained; lower --learning-rate"
+                )
             held = {name: p.detach().cpu() for name, p in parameters.items()}
             saved = {"parameters": self.kept.save(f"phase-{number:04}", held)}
             self.kept.record(step, saved=saved, report=reports[-1])
         self.model.requires_grad_(False)
         return reports
+
+    def _damaged(self) -> NonFiniteError | None:
+        """Which of the student's own weights is not finite, if any; trained ones are."""
+        for name, parameter in self.model.named_parameters():
+            own = not parameter.requires_grad and ".lora_" not in name
+            if own and not _finite(parameter):
+                return NonFiniteError(
+                    f"{self.job.student.name}: {name.replace('.base_layer', '')} holds NaN or Inf; "
+                    "the checkpoint is damaged, download or convert it again"
+                )
+        return None
+
+    def _check(self, found: torch.Tensor, sample: str) -> None:
+        """Refuse what of the student is not finite on a sample."""
+        if torch.isfinite(found).all():
+            return
+        raise self._damaged() or NonFiniteError(
+            f"sample {sample!r} gives NaN or Inf in the student ({self.model.dtype}); lower "
+            "--learning-rate if it is trained already, else use --dtype float32 or bfloat16"
+        )
 
     def trained_weights(self) -> dict[str, nn.Parameter]:
         """The student's own parameters of all blocks that were trained, without LoRA."""
@@ -212,6 +240,7 @@ class Steering:
                 outputs = activations(self.model, self.anatomy, batch.input_ids).outputs
             for index, name in enumerate(batch.ids):
                 rows = outputs[index, ours[name].to(outputs.device)]
+                self._check(rows, name)
                 first = places.first[name]
                 closeness.add(rows, theirs[first : first + len(rows)].to(rows.device))
         cka = None
@@ -230,6 +259,7 @@ class Steering:
             for index in range(len(batch.ids)):
                 positions, tokens = batch.targets(index)
                 each = loss.each(outputs[index, positions], tokens)
+                self._check(each, batch.ids[index])
                 total, count = total + float(each.double().sum()), count + len(each)
         return float(torch.tensor(total / count, dtype=torch.float64).exp())
 
@@ -282,6 +312,13 @@ def lora_ranks(anatomy: Anatomy, config, blocks: Iterable[int]) -> dict[str, int
         for projection in anatomy.projections[block]
         if projection.role in config.roles
     }
+
+
+def _finite(parameter: torch.Tensor) -> bool:
+    """Without a mask as large as the parameter; quantised numbers are finite."""
+    if not parameter.is_floating_point() or not parameter.numel():
+        return True
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(parameter.detach()))
 
 
 class _Prefixed:

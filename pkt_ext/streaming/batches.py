@@ -76,8 +76,7 @@ def make_batches(
         raise InputError(f"micro_batch is {micro_batch}; give at least 1")
     if not samples:
         raise InputError("there are no samples to run; give at least one")
-    for sample in samples:
-        _check(sample, vocab_size, max_positions)
+    check_samples(samples, vocab_size, max_positions)
     # stable: equal inputs, equal batches
     ordered = sorted(with_distinct_ids(samples), key=lambda sample: -len(sample.input_ids))
     long = [s for s in ordered if alone_above and len(s.input_ids) > alone_above]
@@ -107,6 +106,14 @@ def digest(samples: Sequence[Sample]) -> str:
         content.update(sample.id.encode())
         content.update(sample.input_ids.numpy().tobytes() + sample.labels.numpy().tobytes())
     return content.hexdigest()
+
+
+def check_samples(
+    samples: Sequence[Sample], vocab_size: int, max_positions: int | None = None
+) -> None:
+    """Arguments and errors: see `make_batches`."""
+    for sample in samples:
+        _check(sample, vocab_size, max_positions)
 
 
 def _check(sample: Sample, vocab_size: int, max_positions: int | None) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from pkt_ext.errors import InputError, NonFiniteError
 from pkt_ext.models.anatomy import Anatomy, describe
 from pkt_ext.models.replaced import replaced
-from pkt_ext.streaming.batches import Batch, make_batches
+from pkt_ext.streaming.batches import Batch, check_samples, make_batches
 
 
 class StreamedModel:
@@ -158,9 +158,17 @@ class StreamedModel:
                 )
         return NonFiniteError(
             f"{where}: {who} gives NaN or Inf {what} in {self.dtype}; use dtype float32 or "
-            "bfloat16, or leave the sample out (--nonfinite skip-sample)",
+            "bfloat16, or leave the sample out (pkt seeking --nonfinite skip-sample)",
             sample,
         )
+
+    def check(self, samples) -> None:
+        """Refuse samples that `batches` would.
+
+        Raises:
+            InputError: one too long, ids out of range.
+        """
+        check_samples(samples, **_limits(self.model, self.anatomy))
 
     def batches(self, samples, micro_batch: int) -> list[Batch]:
         """`make_batches` within this model's vocabulary and positions."""
@@ -209,9 +217,7 @@ def batches_for(
     model, anatomy: Anatomy, samples, micro_batch: int, device: torch.device | str
 ) -> list[Batch]:
     """`make_batches` within a model's vocabulary and positions; `model` may be on meta."""
-    config, positions = model.config, None
-    if anatomy.position_embedding:  # rotary models have no table to run out of
-        positions = config.max_position_embeddings
+    config = model.config
     rope = getattr(config, "rope_parameters", None) or {}
     alone = None
     if rope.get("rope_type") in ("dynamic", "longrope"):
@@ -220,11 +226,18 @@ def batches_for(
     return make_batches(
         samples,
         micro_batch,
-        vocab_size=model.get_input_embeddings().num_embeddings,
-        max_positions=positions,
+        **_limits(model, anatomy),
         alone_above=alone,
         device=device,
     )
+
+
+def _limits(model, anatomy: Anatomy) -> dict[str, int | None]:
+    positions = None
+    if anatomy.position_embedding:  # rotary models have no table to run out of
+        positions = model.config.max_position_embeddings
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return {"vocab_size": vocabulary, "max_positions": positions}
 
 
 class _Stop(Exception):

@@ -290,7 +290,7 @@ class Readout:
             return error
         return NonFiniteError(
             f"sample {sample!r}: the loss is {value} in {self.stream.dtype}; use dtype float32 or "
-            "bfloat16, or leave the sample out (--nonfinite skip-sample)",
+            "bfloat16, or leave the sample out (pkt seeking --nonfinite skip-sample)",
             sample,
         )
 
