@@ -11,12 +11,12 @@ from pkt_ext import demo_world
 from pkt_ext.demo_world import DemoConfig, World
 from pkt_ext.methods import semalign
 
+BASELINES = {"distillation": "logit distillation", "finetune": "fine-tuning"}
 OBJECTIVES = {
     "cosine": "SemAlign, cosine",
     "fisher": "SemAlign, fisher",
     "geometry": "SemAlign, geometry",
-    "distillation": "logit distillation",  # baselines
-    "finetune": "fine-tuning",
+    **BASELINES,
 }
 SHOWN = "geometry"  # the one that goes on as an arm
 MEASURES = ("kl", "agreement")
@@ -78,16 +78,23 @@ def table(closeness: list[dict]) -> list[list[str]]:
 
 
 def conclusion(closeness: list[dict]) -> list[str]:
-    """Whether steering brought the student closer, and closer than a distillation, in sentences."""
+    """Whether steering brought the student closer, and closer than the baselines, in sentences."""
     lines = []
-    for objective in ("cosine", "fisher", "geometry"):
+    for objective in (key for key in OBJECTIVES if key not in BASELINES):
         moved = [seed[objective]["kl"] - seed["student"]["kl"] for seed in closeness]
-        gap = [seed[objective]["kl"] - seed["distillation"]["kl"] for seed in closeness]
         rose = [seed for seed, change in enumerate(moved) if not change < 0]
         word = f"rose in seeds {', '.join(map(str, rose))}" if rose else "fell in every seed"
-        against = "lower" if max(gap) < 0 else "higher" if min(gap) > 0 else "not always lower"
+        against = ", ".join(
+            f"{_against(closeness, objective, key)} than by {name}"
+            for key, name in BASELINES.items()
+        )
         lines.append(
             f"{OBJECTIVES[objective]}: the KL to the teacher {word} "
-            f"({statistics.fmean(moved):+.2f}), {against} than by distillation"
+            f"({statistics.fmean(moved):+.2f}), {against}"
         )
     return lines
+
+
+def _against(closeness: list[dict], objective: str, baseline: str) -> str:
+    gaps = [seed[objective]["kl"] - seed[baseline]["kl"] for seed in closeness]
+    return "lower" if max(gaps) < 0 else "higher" if min(gaps) > 0 else "not always lower"

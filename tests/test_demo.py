@@ -291,9 +291,10 @@ def test_what_steering_did_is_said():
 
     seeds = [seed(0.5, 0.2, 0.3, 0.4), seed(1.5, 0.1, 0.5, 0.4)]
     cosine, fisher, geometry = demo_steering.conclusion(seeds)
-    assert "rose in seeds 1 (+0.00), higher than by" in cosine
-    assert "fell in every seed (-0.85), lower than by" in fisher
-    assert "fell in every seed (-0.60), not always lower than by" in geometry
+    assert "rose in seeds 1 (+0.00), higher than by logit distillation" in cosine
+    assert "fell in every seed (-0.85), lower than by logit" in fisher
+    assert fisher.endswith("lower than by fine-tuning")
+    assert "fell in every seed (-0.60), not always lower than by logit" in geometry
     head, *rows = demo_steering.table(seeds)
     assert [row[0] for row in rows] == ["raw student", *demo_steering.OBJECTIVES.values()]
     assert rows[2][1:] == ["0.15 ± 0.07", "0.08"]
