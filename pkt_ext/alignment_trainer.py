@@ -160,7 +160,7 @@ class AlignmentTrainer(Trainer):
         training = model.training
         if training:
             adapters_alone_random(model)
-        loss, parts, found = self._loss(model, inputs, num_items_in_batch)
+        loss, parts, found = self._loss(inputs, num_items_in_batch)
         if training:
             for name, part in parts.items():
                 self._parts[name] = self._parts.get(name, 0.0) + part
@@ -178,7 +178,7 @@ class AlignmentTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         counts = self.objective.counts(inputs)
         with torch.no_grad():
-            loss, parts, _ = self._loss(model, inputs, counts)
+            loss, parts, _ = self._loss(inputs, counts)
         self._evaluated.append((counts, parts))
         return loss, None, None
 
@@ -203,7 +203,7 @@ class AlignmentTrainer(Trainer):
                 found[name] = sum(sums) / max(1, getattr(every, of))
         return found | {"loss": self.objective.total(found)}
 
-    def _loss(self, model, inputs: dict, counts: Counts | None):
+    def _loss(self, inputs: dict, counts: Counts | None):
         """(loss, its parts, Activations)."""
         hidden = inputs["hidden"]
         if hidden is not None and self._before:
@@ -213,7 +213,7 @@ class AlignmentTrainer(Trainer):
             )
         with self._autocast():
             found = activations(
-                model,
+                self.model,  # which a launcher's process, be it the only one, is given wrapped
                 self.anatomy,
                 inputs["input_ids"],
                 self.block,
