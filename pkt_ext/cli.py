@@ -171,6 +171,27 @@ Critical = Annotated[
 Train = Annotated[
     str | None, _option("--train", default="lora", help="lora, or block: its own weights.")
 ]
+Output = Annotated[
+    str | None,
+    _option("--output", help="onehot, kl, ce or none [default: the objective's]."),
+]
+Pairing = Annotated[
+    str | None,
+    _option(
+        "--pairing",
+        help="published, attribution or similarity [default: the schedule's].",
+    ),
+]
+AttributionRows = Annotated[
+    int | None, _option("--attribution-rows", default=64, help="Rows to attribute by.")
+]
+Looks = Annotated[
+    str | None,
+    _option(
+        "--positions",
+        help="Where the layer loss looks: supervised or all [default: the objective's].",
+    ),
+]
 PhaseSteps = Annotated[
     int | None,
     _option("--steps", help="Optimiser steps of a phase [default: 50; of pairs, by --epochs]."),
@@ -218,7 +239,7 @@ def _settings(ctx: typer.Context) -> dict:
 def plan_command(
     ctx: typer.Context,
     method: Annotated[
-        str | None, _option("--method", default="seeking", help="seeking or laten.")
+        str | None, _option("--method", default="seeking", help="seeking, laten or semalign.")
     ] = None,
     teacher: Teacher = None,
     student: Student = None,
@@ -252,6 +273,14 @@ def plan_command(
     steps: Steps = None,
     rows: Rows = None,
     keep_checkpoints: KeepCheckpoints = None,
+    objective: Objective = None,
+    output: Output = None,
+    schedule: Schedule = None,
+    pairing: Pairing = None,
+    critical: Critical = None,
+    attribution_rows: AttributionRows = None,
+    positions: Looks = None,
+    train: Train = None,
     batch: Batch = None,
     train_dtype: Annotated[
         str | None, _option("--train-dtype", help="As pkt finetune --dtype.")
@@ -417,10 +446,7 @@ def semalign_command(
     ] = None,
     out: Out = None,
     objective: Objective = None,
-    output: Annotated[
-        str | None,
-        _option("--output", help="onehot, kl, ce or none [default: the objective's]."),
-    ] = None,
+    output: Output = None,
     beta: Annotated[
         float | None, _option("--beta", default=1, help="Weight of the output loss.")
     ] = None,
@@ -428,13 +454,7 @@ def semalign_command(
         float | None, _option("--temperature", default=1, help="Of kl and fisher.")
     ] = None,
     schedule: Schedule = None,
-    pairing: Annotated[
-        str | None,
-        _option(
-            "--pairing",
-            help="published, attribution or similarity [default: the schedule's].",
-        ),
-    ] = None,
+    pairing: Pairing = None,
     attribution: Annotated[
         str | None,
         _option(
@@ -443,9 +463,7 @@ def semalign_command(
         ),
     ] = None,
     critical: Critical = None,
-    attribution_rows: Annotated[
-        int | None, _option("--attribution-rows", default=64, help="Rows to attribute by.")
-    ] = None,
+    attribution_rows: AttributionRows = None,
     interpolate: Annotated[
         bool | None,
         _option(
@@ -458,13 +476,7 @@ def semalign_command(
         str | None,
         _option("--interface", help="contribution or output [default: the objective's]."),
     ] = None,
-    positions: Annotated[
-        str | None,
-        _option(
-            "--positions",
-            help="Where the layer loss looks: supervised or all [default: the objective's].",
-        ),
-    ] = None,
+    positions: Looks = None,
     map: Annotated[
         str | None, _option("--map", help="frames or least-squares [default: the objective's].")
     ] = None,

@@ -161,16 +161,18 @@ def pair(family: str, teacher: dict | None = None, student: dict | None = None):
     )
 
 
-def tokenizer(*, bos: bool = True, chat: bool = False) -> hf.PreTrainedTokenizerFast:
+def tokenizer(*, bos: bool = True, chat: bool = False, size: int = 0) -> hf.PreTrainedTokenizerFast:
     """A byte-level tokenizer without merges: 3 specials, then one token per byte; exact round trip.
 
     Args:
         bos:  put <s> first, as Llama's tokenizer does.
         chat: carry a chat template.
+        size: tokens in all, at least; further ones are words that no text becomes.
     """
     specials = ["<pad>", "<s>", "</s>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(specials + alphabet)}
+    known = specials + sorted(pre_tokenizers.ByteLevel.alphabet())
+    known += [f"word{i}" for i in range(size - len(known))]
+    vocabulary = {token: i for i, token in enumerate(known)}
     inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()

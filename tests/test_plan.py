@@ -18,9 +18,10 @@ from fake_hub import RANGE
 from pkt_ext import artifact, cli, training_needs
 from pkt_ext.errors import InputError
 from pkt_ext.finetune import FinetuneConfig, finetune
-from pkt_ext.methods import alignment_needs
+from pkt_ext.methods import alignment_needs, semalign_budget, semalign_needs
 from pkt_ext.methods.laten import LatenConfig, align
 from pkt_ext.methods.seeking import SeekingConfig, extract
+from pkt_ext.methods.semalign_config import SemAlignConfig
 from pkt_ext.plan import plan, text
 from pkt_ext.plan.common import duration, figure
 from pkt_ext.probe import _pace, probe
@@ -47,7 +48,7 @@ def pair(tmp_path_factory):
 @pytest.fixture
 def still(monkeypatch):
     """The process stays as large as it is, whatever is imported."""
-    for where in (needs, training_needs, alignment_needs):
+    for where in (needs, training_needs, alignment_needs, semalign_needs, semalign_budget):
         monkeypatch.setattr(where, "resident_bytes", lambda: 300 * MIB)
     monkeypatch.setattr(training_needs, "TRAINER", 0)
 
@@ -72,13 +73,17 @@ def test_options_are_those_of_the_verbs():
     commands = typer.main.get_command(cli.app).commands
     own = {p.name: p for p in commands["plan"].params}
     extra = {"method", "teacher", "student", "samples", "data", "train_dtype", "probe", "json"}
-    extraction, laten = ({f.name for f in fields(c)} for c in (SeekingConfig, LatenConfig))
+    extraction, laten, semalign = (
+        {f.name for f in fields(c)} for c in (SeekingConfig, LatenConfig, SemAlignConfig)
+    )
     training = {"batch", "load_in_4bit", "gradient_checkpointing"}
-    assert own.keys() - extra - {"config"} <= extraction | training | laten
+    assert own.keys() - extra - {"config"} <= extraction | training | laten | semalign
     for verb, names in (
         ("seeking", extraction),
         ("finetune", training),
-        ("laten", laten - {"max_length", "dtype"}),  # which have other defaults
+        # but for what has another default or meaning there
+        ("laten", laten - {"max_length", "dtype", "schedule"}),
+        ("semalign", semalign - {"max_length", "dtype", "modules", "steps"}),
     ):
         for parameter in commands[verb].params:
             if parameter.name in own.keys() & names - {"device"}:
@@ -142,7 +147,7 @@ def test_options_can_stand_in_a_file(pair, tmp_path, capsys):
 @pytest.mark.parametrize(
     "more, says",
     [
-        (["--method=tea"], "method is 'tea'; known is seeking, laten"),
+        (["--method=tea"], "method is 'tea'; known is seeking, laten, semalign"),
         (["--rate=0.1", "--steps=3"], "--rate, --steps: no option of pkt plan --method seeking"),
         (["--student="], "--student is missing"),
         (["--samples=0"], "samples is 0; give at least 1"),
@@ -500,6 +505,206 @@ def test_a_laten_run_takes_what_was_planned(pair, still, tmp_path, monkeypatch):
     artifact.read(tmp_path / "out", kind="delta")
 
 
+# --- SemAlign -------------------------------------------------------------------------------------
+
+SEMALIGN = SemAlignConfig(
+    objective="geometry", steps=2, batch=2, micro_batch=2, max_length=32, device="cpu",
+    prompt_format="plain", map_cache="none", hold_out=0.4,
+)  # fmt: skip
+
+
+def semalign_plan(pair, config=SEMALIGN, samples=5, student=None):
+    student = student or pair / "student"
+    return plan(pair / "teacher", student, config, method="semalign", samples=samples)
+
+
+def semalign_argv(pair, *more):
+    models = [f"--{who}={pair / who}" for who in ("teacher", "student")]
+    return ["plan", "--method=semalign", *models, "--device=cpu", "--max-length=32", *more]
+
+
+def test_the_table_of_semalign(pair, no_weights, capsys):
+    assert cli.run(semalign_argv(pair, "--budget=8GiB", "--samples=5", "--critical=1")) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[0] == "semalign (cosine), 5 rows of up to 32 tokens, 8.0 GiB of memory (cpu)"
+    assert max(len(line) for line in lines[3:]) <= 108
+    for words in (
+        rf"pkt semalign: {SIZE} at most; the smallest --budget that works is {SIZE}",
+        r"at most 1 phases? of 5 steps, LoRA on a block; which blocks are critical is not known",
+        r"1 row held out map: 32 MiB of the heads at a time",
+        r"attribution: 4 rows at a time; the blocks are mapped from the files, which is page cache",
+        rf"map +{SIZE} .* attribution +{SIZE} .* targets +{SIZE} .* train +{SIZE} ",
+        rf"train: {SIZE} in block 0, {SIZE} in block 1, {SIZE} to look at held-out rows",
+        r"for 264 shared tokens: the tokenizers are not looked at; times are not estimated",
+        r"disk: output 1 MiB, with 1 MiB beside it until it is complete: targets 1 MiB, .* merged",
+    ):
+        assert re.search(words, " ".join(out.split())), words
+
+
+def test_the_document_of_semalign(pair, no_weights, capsys):
+    more = ["--budget=8GiB", "--samples=5", "--objective=fisher", "--pairing=similarity", "--json"]
+    assert cli.run(semalign_argv(pair, *more)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["format"], found["method"], found["budget"]) == (1, "semalign", 2**33)
+    assert (found["samples"], found["held_out"], found["longest"]) == (5, 1, 32)
+    assert (found["phases"], found["steps"], found["shared_tokens"]) == (2, 50, model_zoo.VOCAB)
+    stages = found["stages"]
+    names = ["map", "attribution", "compare teacher", "compare student", "targets", "train"]
+    assert list(stages) == names
+    assert found["predicted_bytes"] == max(stage["bytes"] for stage in stages.values())
+    for stage in stages.values():
+        assert stage["bytes"] == sum(stage["parts"].values())
+        assert stage["bytes"] == max(phase["bytes"] for phase in stage["phases"].values())
+    for name in ("read_bytes", "flops"):
+        assert found[name] == sum(stage[name] for stage in stages.values()) > 0
+    assert set(stages["train"]["phases"]) == {"block 0", "block 1", "rows", "look", "save", "write"}
+    flops = stages["train"]["phase_flops"]
+    # three products with the head for states, lens and output; teacher's logits; two ways back
+    row = 2 * 31 * model_zoo.VOCAB * (5 * model_zoo.STUDENT["hidden"] + model_zoo.TEACHER["hidden"])
+    assert flops["block 0"] > flops["block 1"] > 50 * 64 * row
+    assert flops["block 1"] < 2 * 50 * 64 * row
+
+
+def test_what_is_trained_is_what_is_planned(pair, no_weights):
+    """By the schedule: blocks, their parameters in float32, two moments of each."""
+    student = model_zoo.pair("llama_gqa")[1]
+    block = sum(p.numel() for p in student.model.layers[0].parameters())
+    for changes, counted, held in (
+        ({}, 16 * (80 + 80 + 48 + 64), 2),
+        ({"schedule": "pairs", "critical": 1, "modules": "up"}, 16 * (32 + 48), 1),
+        ({"train": "block"}, block, 2),
+        ({"objective": "distillation", "modules": "up"}, 2 * 16 * (32 + 48), 1),
+    ):
+        config = replace(SEMALIGN, **changes)
+        phases = semalign_plan(pair, config)["stages"]["train"]["phases"]
+        first = phases.get("block 0") or phases["all blocks"]
+        assert first["parts"]["optimizer"] == 8 * counted
+        last = phases.get("block 1") or first
+        assert last["parts"]["trained"] == 4 * held * counted
+
+
+@pytest.mark.parametrize(
+    "more, says",
+    [
+        (["--rate=0.1", "--vocabulary=shared"], "--rate, --vocabulary: no option of pkt plan "
+                                                "--method semalign"),
+        (["--data=rows.jsonl"], "--method semalign takes --samples"),
+        (["--objective=finetune", "--pairing=similarity"], "pairing is similarity, but the base"),
+        (["--critical=0"], "critical is 0"),
+        (["--budget=1MiB"], rf"1 MiB of memory is too little: the smallest .* works is {SIZE}"),
+    ],
+)  # fmt: skip
+def test_refusals_of_semalign(pair, capsys, more, says):
+    assert cli.run(semalign_argv(pair, *more)) == 2
+    out, err = capsys.readouterr()
+    assert not out and re.search(says, err) and err.count("\n") == 1
+
+
+def test_semalign_on_a_device_that_is_not_here(pair, no_weights):
+    found = semalign_plan(pair, replace(SEMALIGN, device="cuda", budget="8GiB", max_length=16))
+    stages = found["stages"]
+    assert all(stage["parts"]["process"] == CONTEXT for stage in stages.values())
+    student = model_zoo.pair("llama_gqa")[1]
+    training = stages["train"]["phases"]["block 1"]["parts"]
+    assert training["weights"] == 4 * sum(p.numel() for p in student.parameters())
+    assert training["heads"] == 4 * model_zoo.VOCAB * model_zoo.TEACHER["hidden"]
+    assert "save" not in stages["train"]["phases"]
+    assert stages["targets"]["phases"]["forward"]["parts"]["weights"] > 0
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("gemma3", {"objective": "geometry"}),  # blocks of two kinds take turns
+        ("gpt2", {"objective": "cosine", "train": "block", "dtype": "bfloat16"}),
+        ("opt_post_norm", {"objective": "fisher", "gradient_checkpointing": False}),
+        ("phi3_gqa", {"objective": "geometry", "dropout": 0.1, "positions": "all"}),
+        ("qwen3", {"objective": "fisher", "output": "none"}),
+    ],
+)
+def test_a_steering_of_any_family(family, changes, pair, tmp_path):
+    """Of as many blocks as there are, or of fewer, with what the others add."""
+    took = []
+    for layers in (3, 8):
+        sizes = model_zoo.STUDENT | {"layers": layers}
+        student = model_zoo.save(model_zoo.build(family, **sizes), tmp_path / str(layers))
+        config = replace(SEMALIGN, budget="8GiB", **changes)
+        found = semalign_plan(pair, config, samples=4, student=student)
+        phases = found["stages"]["train"]["phases"]
+        took.append([phases[f"block {n}"]["parts"]["activations"] for n in range(layers)])
+    few, many = took
+    hidden = 2 * 32 * 32 * (2 if changes.get("dtype") else 4)
+    assert few[-1] > hidden
+    assert many[-1] <= few[0] + 2 * hidden
+    if changes.get("output") == "none":  # what follows the block does not run
+        assert len(set(many)) == 1
+    else:
+        assert many[0] - many[3] >= 3 * hidden  # what goes into each block is kept
+
+
+def test_a_semalign_run_takes_what_was_planned(pair, still, tmp_path, monkeypatch):
+    """A budget that is too small is refused before anything; the smallest one named does."""
+    from pkt_ext.methods import semalign
+
+    out, place = tmp_path / "out", tmp_path / "out.progress"
+
+    def run(budget):
+        return semalign.align(
+            pair / "teacher", pair / "student", ROWS, out, replace(SEMALIGN, budget=budget),
+            progress=False,
+        )  # fmt: skip
+
+    with monkeypatch.context() as patch:
+        patch.setattr(semalign, "build_map", None)
+        with pytest.raises(
+            InputError, match=rf"too little: .* works is {SIZE} \(to build the map\)"
+        ) as no:
+            run("100MiB")
+        least = parse_bytes(re.search(rf"works is ({SIZE})", str(no.value))[1])
+        with pytest.raises(InputError, match="the smallest --budget that works is"):
+            run(str(int(0.8 * least)))
+        assert not list(tmp_path.iterdir())
+    planned = semalign_plan(pair, replace(SEMALIGN, budget="8GiB"))
+
+    written = {}
+
+    def stop(*_):  # what lies beside the output is all there
+        kinds = {"targets": "[lo]*.activations", "observed": "[!lop]*.activations",
+                 "prefix": "prefix*", "learned": "phase*"}  # fmt: skip
+        for name, kind in kinds.items():
+            written[name] = sum(file.stat().st_size for file in place.glob(kind))
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(semalign, "_write", stop)
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(str(least))
+    for name, size in written.items():
+        assert 0 < size <= planned["disk"][name] + 4096, name
+    spaces = []
+    monkeypatch.setattr(artifact, "_check_space", lambda out, planned: spaces.append(planned))
+    report = run(str(least))
+    assert 0 < spaces[0] <= planned["disk"]["output"] + written["prefix"] + 8192
+    assert report["budget"] == least
+    assert report["train_predicted_bytes"] <= least
+    assert report["train_predicted_bytes"] <= planned["stages"]["train"]["bytes"]
+    assert report["passes"]["map"]["chunk_bytes"] <= 2**25
+    size = (out / "adapter_model.safetensors").stat().st_size
+    assert planned["disk"]["output"] <= size < 1.5 * planned["disk"]["output"] + 4096
+
+
+def test_the_map_is_made_of_smaller_pieces_where_memory_is_short(pair, still):
+    stages = []
+    for budget in ("8GiB", "480MiB"):
+        found = semalign_plan(pair, replace(SEMALIGN, budget=budget))
+        stages.append(found["stages"]["map"])
+        assert found["stages"]["map"]["bytes"] <= found["budget"]
+    whole, pieces = (stage["chunk_bytes"] for stage in stages)
+    assert whole == 2**25 > pieces
+    assert stages[0]["bytes"] - stages[1]["bytes"] == 6 * (whole - pieces)
+
+
 # --- predicted against measured -------------------------------------------------------------------
 # Models whose weights, heads and scores outweigh the interpreter, a few short rows of data.
 
@@ -523,11 +728,11 @@ def start():
         process.stdin.close()
 
 
-def make_pair(folder, family, dtype, teacher, student):
+def make_pair(folder, family, dtype, teacher, student, *, tokens=None, rows=3):
     for who, sizes in (("teacher", teacher), ("student", student)):
         model = model_zoo.build(family, layers=2, heads=8, **sizes)
-        model_zoo.save(model.to(getattr(torch, dtype)), folder / who)
-    rows = [{"prompt": f"{i}?", "completion": "so much " * (8 + i)} for i in range(3)]
+        model_zoo.save(model.to(getattr(torch, dtype)), folder / who, tokens=tokens)
+    rows = [{"prompt": f"{i}?", "completion": "so much " * (8 + i)} for i in range(rows)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return [f"--{who}={folder / who}" for who in ("teacher", "student")]
 
@@ -588,3 +793,33 @@ def test_laten_within_15_percent(family, stored, mode, start, tmp_path):
     assert report["align_predicted_bytes"] == pytest.approx(report["align_peak_bytes"], rel=0.15)
     for cost in report["passes"].values():
         assert cost["predicted_bytes"] == pytest.approx(cost["peak_bytes"], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("family", "stored", "options"),
+    [
+        ("gpt2", "float16", ["--objective=fisher", "--dtype=float32", "--batch=2"]),
+        ("gemma2", "bfloat16", ["--objective=cosine", "--batch=4", "--train=block"]),
+    ],
+)
+def test_semalign_within_10_percent(family, stored, options, tmp_path):
+    """A student converted, or mapped and written to; the teacher's head; logits of 32k tokens."""
+    sizes = dict(ffn=768, vocab=32000)
+    models = make_pair(
+        tmp_path, family, stored, dict(hidden=384) | sizes, dict(hidden=320) | sizes,
+        tokens=model_zoo.tokenizer(size=32000), rows=6,
+    )  # fmt: skip
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "pkt_ext", "semalign", *models, f"--out={out}", "--steps=2",
+               f"--data={tmp_path / 'rows.jsonl'}", "--micro-batch=2", "--hold-out=0.3", "-q",
+               "--device=cpu", "--map-cache=none", "--prompt-format=plain",
+               "--budget=16GiB"]  # fmt: skip
+    subprocess.run([*command, *options], check=True, env=QUIET)
+    report = json.loads((out / "report.json").read_text())
+    assert report["train_peak_bytes"] > 500 * MIB
+    assert report["train_predicted_bytes"] == pytest.approx(report["train_peak_bytes"], rel=0.1)
+    costs = report["passes"]
+    assert costs["map"]["peak_bytes"] < costs["map"]["predicted_bytes"]  # of any head of this width
+    for name in ("attribution", "targets"):
+        cost = costs[name]
+        assert cost["predicted_bytes"] == pytest.approx(cost["peak_bytes"], rel=0.1)

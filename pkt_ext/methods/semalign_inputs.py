@@ -195,9 +195,16 @@ def _distinct(rows: PairedRows, held: PairedRows) -> tuple[PairedRows, PairedRow
 
 def layer_positions(rows: PairedRows, shared: SharedVocabulary, config) -> list[Positions]:
     """Where a layer loss looks; of all positions only those can be that both models have."""
+    if config.positions == "all" and not shared.identical:
+        raise InputError(
+            "positions is all, but between two tokenizers only supervised positions are paired; "
+            "leave positions out (--train-on-inputs supervises prompts too)"
+        )
     if config.positions_meant == "supervised" or not shared.identical:
         return rows.positions
-    every = [torch.arange(len(sample.input_ids)) for sample in rows.student]
+    # the first position is where models park a vector hundreds of times as long as the others
+    # (attention sinks); beside it no relation among the others would count
+    every = [torch.arange(1, len(sample.input_ids)) for sample in rows.student]
     return [(each, each) for each in every]
 
 

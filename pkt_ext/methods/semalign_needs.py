@@ -87,7 +87,11 @@ class SteeringNeeds:
             for positions in (job.rows.positions, job.layer_positions)
         ]
         stride = block_stride(self.stream.checkpoint.config)
-        self._sizes = [min(n * stride, self.blocks) for n in (2, 3)]  # the first may be like none
+        # blocks of students that run for the bytes, where the first may be like no other, and for
+        # the operations
+        self._sizes, self._counted_sizes = (
+            [min(n * stride, self.blocks) for n in counts] for counts in ((2, 3), (1, 2))
+        )
         self._heads = self._heads_on_meta()
         self._runs = [self._run(size) for size in self._sizes]
         looking = self._look()
@@ -107,22 +111,20 @@ class SteeringNeeds:
 
     def flops(self) -> dict[str, int]:
         """Phase -> operations of its steps, and of its input; "look": before and after."""
-        config = self.config
-        forward = [self._forward_flops(size) for size in self._sizes]
+        config, sizes = self.config, self._counted_sizes
+        forward = [self._forward_flops(size) for size in sizes]
+        whole = self._extended(forward, self.blocks, sizes)
+        one = whole - self._extended(forward, self.blocks - 1, sizes)
+        training = [self._run(size, count=True).flops for size in sizes]
         row = 1 / config.micro_batch
-        one = max(
-            0, self._extended(forward, self.blocks) - self._extended(forward, self.blocks - 1)
-        )
         found, steps = {}, self.steps() * config.batch
         for phase, block in self._blocks().items():
-            runs = self._extended(
-                [run.flops for run in self._runs_with_flops()], self.blocks - block
-            )
+            step = self._extended(training, self.blocks - block, sizes)
             before = one * len(self.job.rows.student) * (block > 0)
-            found[phase] = int(row * (steps * runs + before))
+            found[phase] = int(row * (steps * step + before))
         seen = len(self.job.held.student) if self.job.held else 0
         seen += len(self.job.unrelated)
-        found["look"] = int(2 * row * seen * self._extended(forward, self.blocks))
+        found["look"] = int(2 * row * seen * whole)
         return found
 
     # --- phases -----------------------------------------------------------------------------------
@@ -202,13 +204,14 @@ class SteeringNeeds:
 
     def _activations(self, blocks: int) -> int:
         return max(
-            self._extended([run.logits for run in self._runs], blocks),
-            self._extended([run.peak for run in self._runs], blocks),
+            self._extended([run.logits for run in self._runs], blocks, self._sizes),
+            self._extended([run.peak for run in self._runs], blocks, self._sizes),
         )
 
-    def _extended(self, values: Sequence[int], blocks: int) -> int:
-        """A value for students of `_sizes` blocks, for one of so many."""
-        few, many = self._sizes
+    @staticmethod
+    def _extended(values: Sequence[int], blocks: int, sizes: Sequence[int]) -> int:
+        """A value for students of `sizes` blocks, for one of so many."""
+        few, many = sizes
         if few == many or blocks <= few:
             return values[0]
         return int(values[0] + (values[1] - values[0]) * (blocks - few) / (many - few))
@@ -264,11 +267,6 @@ class SteeringNeeds:
                     return _Run(0, 0, flops.get_total_flops() + watch.flops)
                 self._loss(model, anatomy, batch, objective).backward()
         return _Run(watch.logits, watch.peak, 0)
-
-    def _runs_with_flops(self) -> list[_Run]:
-        if not hasattr(self, "_counted"):
-            self._counted = [self._run(size, count=True) for size in self._sizes]
-        return self._counted
 
     def _loss(self, model, anatomy, batch: dict, objective: Objective) -> torch.Tensor:
         with self._autocast():

@@ -11,16 +11,17 @@ from pkt_ext.errors import InputError
 from pkt_ext.finetune import FinetuneConfig
 from pkt_ext.methods.laten import LatenConfig
 from pkt_ext.methods.seeking import SeekingConfig
+from pkt_ext.methods.semalign_config import SemAlignConfig
 from pkt_ext.plan import laten, seeking
 from pkt_ext.settings import refuse_processes
 
-METHODS = {"seeking": SeekingConfig, "laten": LatenConfig}
+METHODS = {"seeking": SeekingConfig, "laten": LatenConfig, "semalign": SemAlignConfig}
 
 
 def plan(
     teacher,
     student,
-    config: SeekingConfig | LatenConfig | None = None,
+    config: SeekingConfig | LatenConfig | SemAlignConfig | None = None,
     training: FinetuneConfig | None = None,
     *,
     method: str = "seeking",
@@ -36,7 +37,7 @@ def plan(
                   device that is not here needs a budget.
         training: Seeking's; what `config` has too is taken from there, except for dtype.
         samples:  rows of `config.max_length` tokens, each of which is predicted: the worst case.
-                  LaTen: rows to locate by, a step for each.
+                  LaTen: rows to locate by, a step for each. SemAlign: those held out included.
         data:     Seeking: plan for these rows instead (needs the teacher's tokenizer).
         timed:    Seeking: run one block for a moment, for the times; without it nothing but headers
                   is read.
@@ -44,7 +45,7 @@ def plan(
         The document that `pkt plan --json` prints; `text` makes a table of it.
     Raises:
         InputError: models that do not go together; a budget too small for the passes, or for
-            LaTen's alignment.
+            LaTen's alignment, SemAlign's map or training.
     """
     refuse_processes("pkt plan", "start it without a launcher")
     config = config or config_of(method)()
@@ -52,10 +53,12 @@ def plan(
         raise InputError(f"config is a {type(config).__name__}; of another method than {method}")
     if samples < 1:
         raise InputError(f"samples is {samples}; give at least 1")
-    if method == "laten":
+    if method != "seeking":
         if data is not None or training is not None:
-            raise InputError("pkt plan --method laten takes --samples; leave data and training out")
-        return laten.plan(teacher, student, config, samples=samples)
+            raise InputError(
+                f"pkt plan --method {method} takes --samples; leave data and training out"
+            )
+        return _module(method).plan(teacher, student, config, samples=samples)
     return seeking.plan(
         teacher,
         student,
@@ -80,4 +83,12 @@ def config_of(method: str) -> type:
 
 def text(document: dict) -> str:
     """The document as a table."""
-    return {"seeking": seeking, "laten": laten}[document["method"]].text(document)
+    return _module(document["method"]).text(document)
+
+
+def _module(method: str):
+    if method == "semalign":
+        from pkt_ext.plan import semalign  # loads transformers' Trainer, which others do without
+
+        return semalign
+    return {"seeking": seeking, "laten": laten}[method]

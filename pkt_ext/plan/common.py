@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 import torch
@@ -61,6 +62,20 @@ def describe(model: StreamedModel) -> dict:
     }
 
 
+def stage_of(phases: dict[str, dict[str, int]], read_bytes: int, flops: int) -> dict:
+    """A stage of these phases; `parts` are those of the largest."""
+    largest = max(phases.values(), key=lambda parts: sum(parts.values()))
+    return {
+        "bytes": sum(largest.values()),
+        "parts": largest,
+        "phases": {
+            name: {"bytes": sum(parts.values()), "parts": parts} for name, parts in phases.items()
+        },
+        "read_bytes": read_bytes,
+        "flops": flops,
+    }
+
+
 # --- text -----------------------------------------------------------------------------------------
 
 
@@ -74,6 +89,44 @@ def model_line(who: str, facts: dict) -> str:
         f"{who}  {facts['name']}: {facts['type']}, {facts['blocks']} blocks, "
         f"{figure(facts['parameters'])} parameters, {stored}"
         + (f", computed in {facts['dtype']}" if who == "teacher" else "")
+    )
+
+
+def table(document: dict, columns: Mapping[str, Sequence[str]]) -> list[str]:
+    """The stages of a document, line by line.
+
+    Args:
+        columns: heading -> ingredients.
+    """
+    lines = [
+        f"  {'':17}{'memory':>9}"
+        + "".join(f"{name:>{WIDTH}}" for name in columns)
+        + f"{'read':>10}{'FLOP':>8}"
+    ]
+    for stage, facts in document["stages"].items():
+        cells = [sum(facts["parts"].get(n, 0) for n in names) for names in columns.values()]
+        lines.append(
+            f"  {stage:17}{format_bytes(facts['bytes']):>9}"
+            + "".join(f"{format_bytes(cell) if cell else '-':>{WIDTH}}" for cell in cells)
+            + f"{format_bytes(facts['read_bytes']) if facts['read_bytes'] else '-':>10}"
+            + f"{figure(facts['flops']):>8}"
+        )
+    lines.append(
+        f"  {'in all':{26 + WIDTH * len(columns)}}{format_bytes(document['read_bytes']):>10}"
+        f"{figure(document['flops']):>8}"
+    )
+    return lines
+
+
+def pass_line(what: str, stage: dict, head: str = "") -> str:
+    """How a pass shares out its memory: a stage with `allotment` and what was found with it."""
+    shared, spilled = stage["allotment"], stage["spilled_bytes"]
+    mapped = "mapped from the files, which is page cache"
+    return (
+        f"{what}: {in_rows(shared['micro_batch'])} at a time; the blocks are "
+        f"{mapped if stage['blocks_mapped'] else 'streamed once'}, "
+        f"{'the next one' if shared['ahead'] else 'nothing'} read ahead{head}; "
+        + (f"{format_bytes(spilled)} of activations in files" if spilled else "no files")
     )
 
 

@@ -20,12 +20,13 @@ from pkt_ext.methods.seeking_inputs import longest_row
 from pkt_ext.models.injection import ROW_ROLES
 from pkt_ext.plan.common import (
     FORMAT,
-    WIDTH,
     describe,
     devices,
-    figure,
     in_rows,
     model_line,
+    pass_line,
+    stage_of,
+    table,
     worst_rows,
     wrapped,
 )
@@ -55,8 +56,8 @@ def plan(teacher, student, config: LatenConfig, *, samples: int) -> dict:
             f"locate ({who})": _locating(job, which, config, limit, target)
             for which, who in enumerate(("teacher", "student"))
         },
-        "align": _stage(phases, _aligned_bytes(job, config), needs.flops()),
-        "write": _stage(write, 0, 0),
+        "align": stage_of(phases, _aligned_bytes(job, config), needs.flops()),
+        "write": stage_of(write, 0, 0),
     }
     ours = job.streams[1]
     names = [name for name, _ in ours.model.named_parameters()]
@@ -111,20 +112,6 @@ def _with_one_target(row: Sample) -> Sample:
     return Sample(row.id, row.input_ids, labels)
 
 
-def _stage(phases: dict[str, dict[str, int]], read_bytes: int, flops: int) -> dict:
-    """A stage of these phases; `parts` are those of the largest."""
-    largest = max(phases.values(), key=lambda parts: sum(parts.values()))
-    return {
-        "bytes": sum(largest.values()),
-        "parts": largest,
-        "phases": {
-            name: {"bytes": sum(parts.values()), "parts": parts} for name, parts in phases.items()
-        },
-        "read_bytes": read_bytes,
-        "flops": flops,
-    }
-
-
 # --- locating -------------------------------------------------------------------------------------
 
 
@@ -136,7 +123,7 @@ def _locating(job: Job, which: int, config: LatenConfig, limit: int, device) -> 
     gains = product * samples * (1 + 4 * len(anatomy.blocks))  # before and after every half
     flops = predicted.flops["forward"] + gains + product * _scored(job, which, config)
     read = sum(predicted.read.values()) + _located_bytes(job, stream, config, predicted)
-    return _stage(predicted.phases, read, flops) | {
+    return stage_of(predicted.phases, read, flops) | {
         "allotment": vars(predicted.allotment),
         "blocks_mapped": not predicted.phases["forward"]["weights"],
         "spilled_bytes": predicted.spilled,
@@ -225,22 +212,8 @@ def text(document: dict) -> str:
         f"that works is {format_bytes(document['smallest_budget'])}",
         *_how(document),
         "",
-        f"  {'':17}{'memory':>9}"
-        + "".join(f"{name:>{WIDTH}}" for name in _COLUMNS)
-        + f"{'read':>10}{'FLOP':>8}",
+        *table(document, _COLUMNS),
     ]
-    for stage, facts in document["stages"].items():
-        cells = [sum(facts["parts"].get(n, 0) for n in names) for names in _COLUMNS.values()]
-        lines.append(
-            f"  {stage:17}{format_bytes(facts['bytes']):>9}"
-            + "".join(f"{format_bytes(cell) if cell else '-':>{WIDTH}}" for cell in cells)
-            + f"{format_bytes(facts['read_bytes']) if facts['read_bytes'] else '-':>10}"
-            + f"{figure(facts['flops']):>8}"
-        )
-    lines.append(
-        f"  {'in all':{26 + WIDTH * len(_COLUMNS)}}{format_bytes(document['read_bytes']):>10}"
-        f"{figure(document['flops']):>8}"
-    )
     lines += wrapped("FLOP of locating at most; times are not estimated for this method")
     disk = {name: format_bytes(size) for name, size in document["disk"].items()}
     kept = f", every step's {disk['checkpoints']}" if document["disk"]["checkpoints"] else ""
@@ -262,16 +235,7 @@ def _how(document: dict) -> list[str]:
     )
     for who in ("teacher", "student"):
         stage = document["stages"][f"locate ({who})"]
-        shared, spilled = stage["allotment"], stage["spilled_bytes"]
-        blocks = (
-            "mapped from the files, which is page cache"
-            if stage["blocks_mapped"]
-            else ("streamed once")
-        )
-        head = "whole" if shared["head_rows"] is None else f"in parts of {shared['head_rows']} rows"
-        lines += wrapped(
-            f"{who}: {in_rows(shared['micro_batch'])} at a time; the blocks are {blocks}, "
-            f"{'the next one' if shared['ahead'] else 'nothing'} read ahead; the head {head}; "
-            + (f"{format_bytes(spilled)} of activations in files" if spilled else "no files")
-        )
+        rows = stage["allotment"]["head_rows"]
+        head = "; the head " + ("whole" if rows is None else f"in parts of {rows} rows")
+        lines += wrapped(pass_line(who, stage, head))
     return lines
