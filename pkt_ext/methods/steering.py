@@ -38,8 +38,8 @@ class Steering:
     """A context manager around the training of one student.
 
     Args:
-        model: the student in memory, on its device; afterwards without what was attached to it,
-            but with its own weights trained where `config.train` says so.
+        model: the student in memory, on its device; one that the caller has loaded is afterwards
+            what it was.
         supervision: what the teacher left.
         kept: the run's progress, whose folder takes the files.
     """
@@ -70,10 +70,18 @@ class Steering:
             self.adapted = attach_factors(
                 self.model, factors, scales, dropout=self.config.dropout, frozen=False
             )
+        elif self.job.student.folder is None:  # a model of the caller's
+            own = {n: p.detach().clone() for n, p in self.trained_weights().items()}
+            self._stack.callback(self._put_back, own)
         return self
 
     def __exit__(self, *_) -> None:
         self._stack.close()
+
+    @torch.no_grad()
+    def _put_back(self, own: dict[str, torch.Tensor]) -> None:
+        for name, parameter in self.trained_weights().items():
+            parameter.copy_(own[name])
 
     def train(self, show: bool) -> list[dict]:
         """All phases, those of an interrupted run restored; what each reports."""

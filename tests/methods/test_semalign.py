@@ -20,6 +20,7 @@ from pkt_ext.lora import merge
 from pkt_ext.methods import semalign
 from pkt_ext.methods.semalign import SemAlignConfig
 from pkt_ext.methods.semalign import align as run_semalign
+from pkt_ext.methods.semalign_inputs import prepare
 
 ROWS = [
     {"id": f"r{i}", "prompt": f"{i} + {i} =", "completion": f"It is {2 * i}, I say."}
@@ -303,7 +304,10 @@ def test_two_families_with_tokenizers_of_their_own(tmp_path):
     place = Place(tmp_path, "gemma2", "qwen3")
     tokens = byte_level(added=("It is", ", of"), special=("<pad>", "<|endoftext|>"))
     zoo.save(place.student, tmp_path / "student", tokens=tokens)
-    report = place.run(replace(CONFIG, objective="fisher", learning_rate=1e-3))
+    report = place.run(replace(CONFIG, learning_rate=1e-3))
+    assert report["resolved"]["positions"] == "supervised"  # though geometry wants them all
+    with pytest.raises(InputError, match="only supervised positions are paired; leave"):
+        place.run(replace(CONFIG, positions="all"), out=tmp_path / "all")
     sides = (place.teacher, zoo.tokenizer()), (place.student, tokens)
     words = [tokenizer.get_vocab() for _, tokenizer in sides]
     both = sorted(words[0].keys() & words[1].keys())  # and the end, whatever it is called
@@ -331,11 +335,15 @@ def test_two_families_with_tokenizers_of_their_own(tmp_path):
 
 
 def test_where_the_layer_loss_looks(shared, tmp_path):
-    """Geometry relates all tokens of a row, the prompt's too; an answer of one has no geometry."""
+    """Geometry relates all tokens behind the first; an answer of one has no geometry."""
     short = [{"prompt": row["prompt"], "completion": "x"} for row in ROWS]
     config = replace(CONFIG, steps=1, prompt_format="plain")  # one token and the end
     found = shared.run(config, out=tmp_path / "all", rows=short)
     assert found["losses"][0]["layer_losses"][0] > 0.01
+    models = shared.folder / "teacher", shared.folder / "student"
+    job = prepare(models, (None, None), short, HELD, None, config)
+    for sample, pair in zip(job.rows.student, job.layer_positions, strict=True):
+        assert all(side.tolist() == list(range(1, len(sample.input_ids))) for side in pair)
     config = replace(config, positions="supervised")
     found = shared.run(config, out=tmp_path / "supervised", rows=short)
     assert found["losses"][0]["layer_losses"][0] == 0
@@ -349,8 +357,9 @@ def test_rows_are_held_out_where_none_are_given(shared, tmp_path):
     assert report["rows"]["held_out"] == 0 and report["before"]["kl"] is None
 
 
-def test_models_in_memory_are_left_as_they_were(shared, tmp_path):
-    teacher, student = shared.teacher, shared.student
+@pytest.mark.parametrize("train", ["lora", "block"])
+def test_models_in_memory_are_left_as_they_were(shared, tmp_path, train):
+    teacher, student, config = shared.teacher, shared.student, replace(CONFIG, train=train)
     student.train()
     student.lm_head.weight.requires_grad_(False)
 
@@ -361,7 +370,7 @@ def test_models_in_memory_are_left_as_they_were(shared, tmp_path):
     before, modes = seen()
     try:
         report = run_semalign(
-            teacher, student, ROWS, tmp_path / "out", CONFIG, holdout=HELD, progress=False,
+            teacher, student, ROWS, tmp_path / "out", config, holdout=HELD, progress=False,
             teacher_tokenizer=zoo.tokenizer(), student_tokenizer=zoo.tokenizer(),
         )  # fmt: skip
         after, modes_after = seen()
@@ -371,7 +380,7 @@ def test_models_in_memory_are_left_as_they_were(shared, tmp_path):
     assert modes_after == modes
     for (name, one, value, grad), (other, two, now, wants) in zip(before, after, strict=True):
         assert name == other and one is two and torch.equal(value, now) and grad == wants
-    again = shared.run(out=tmp_path / "folders")
+    again = shared.run(config, out=tmp_path / "folders")
     assert again["losses"] == report["losses"]
 
 
