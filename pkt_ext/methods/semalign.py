@@ -272,7 +272,8 @@ def _report(
     sides = [part for part in (job.rows, job.held) if part is not None]
     return {
         "objective": config.objective,
-        "resolved": config.resolved(),
+        "resolved": config.resolved()
+        | ({} if job.shared.identical else {"positions": "supervised"}),
         "shared_tokens": len(job.shared.student),
         "map": None if carried is None else carried.report,
         "attribution": None if scores is None else [float(score) for score in scores],
