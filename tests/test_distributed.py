@@ -154,6 +154,18 @@ def test_families(tmp_path, start, family, student, size, rows, more):
     assert_same(tmp_path / "out", tmp_path / "alone")
 
 
+def test_steering_as_the_only_process(place, tmp_path, start):
+    """A launcher's process gets its model wrapped by accelerate, be it the only one."""
+    losses = []
+    for name, run in (("launched", lambda argv: start(argv, 1)["codes"]), ("plain", cli.run)):
+        out = tmp_path / name
+        argv = ["semalign", *arguments(place, out, "--batch=2", "--steps=2", "-q")[1:]]
+        argv += ["--map-cache=none", "--prompt-format=plain"]
+        assert run(argv) in (0, [0])
+        losses.append([loss for phase in report(out)["losses"] for loss in phase["losses"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 4
+
+
 def test_shares_are_balanced_disjoint_and_complete():
     lengths = [5, 9, 2, 7, 7, 3, 8, 1]
     samples = [
