@@ -562,8 +562,8 @@ def test_the_document_of_semalign(pair, no_weights, capsys):
     flops = stages["train"]["phase_flops"]
     # three products with the head for states, lens and output; teacher's logits; two ways back
     row = 2 * 31 * model_zoo.VOCAB * (5 * model_zoo.STUDENT["hidden"] + model_zoo.TEACHER["hidden"])
-    assert flops["block 0"] > flops["block 1"] > 50 * 64 * row
-    assert flops["block 1"] < 2 * 50 * 64 * row
+    assert flops["block 0"] > flops["block 1"] > 50 * 4 * row
+    assert flops["block 1"] < 2 * 50 * 4 * row
 
 
 def test_what_is_trained_is_what_is_planned(pair, no_weights):

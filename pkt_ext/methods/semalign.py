@@ -174,7 +174,8 @@ def _transfer(job: Job, student, config, clock, kept, staging, report: dict, sho
 
 def _map(job: Job, config, kept: Progress, show: bool) -> tuple[SemanticMap, dict]:
     """(the map, what it cost); a resumed run keeps what touches the rounding."""
-    chunk = kept.state.get("map chunk") or map_chunk(job, config)
+    chunk = map_chunk(job, config)
+    chunk = min(chunk, kept.state.get("map chunk", chunk))
     kept.remember(**{"map chunk": chunk})
     predicted = map_needs(job, config, chunk)
     with PeakMemory(job.streams[0].device) as memory:

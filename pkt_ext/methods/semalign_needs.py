@@ -116,11 +116,12 @@ class SteeringNeeds:
         whole = self._extended(forward, self.blocks, sizes)
         one = whole - self._extended(forward, self.blocks - 1, sizes)
         training = [self._run(size, count=True).flops for size in sizes]
-        row = 1 / config.micro_batch
-        found, steps = {}, self.steps() * config.batch
+        rows = len(self.job.rows.student)
+        row = 1 / min(config.micro_batch, rows)
+        found, steps = {}, self.steps() * min(config.batch, rows)
         for phase, block in self._blocks().items():
             step = self._extended(training, self.blocks - block, sizes)
-            before = one * len(self.job.rows.student) * (block > 0)
+            before = one * rows * (block > 0)
             found[phase] = int(row * (steps * step + before))
         seen = len(self.job.held.student) if self.job.held else 0
         seen += len(self.job.unrelated)
@@ -190,8 +191,7 @@ class SteeringNeeds:
         return checkpoint.folder is not None and checkpoint.is_mapped(name, self.dtype, self.device)
 
     def _rows(self, block: int, count: int) -> int:
-        """Bytes of so many collated rows, twice the data's at most; padded where a block's input is
-        cached."""
+        """Bytes of so many collated rows, at most twice all, with the block's cached input."""
         theirs, ours = (a.hidden_size for a in self.job.anatomies)
         size, most = self.job.streams[0].dtype.itemsize, len(self.job.rows.student)
         count = min(count, 2 * most)
