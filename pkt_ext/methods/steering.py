@@ -99,7 +99,9 @@ class Steering:
             try:
                 reports.append(self._train(number, phase, parameters, prefix, show))
             except NonFiniteError as error:
-                raise self._damaged() or error from error
+                if damaged := self._damaged():
+                    raise damaged from error
+                raise
             if bad := [name for name, p in parameters.items() if not _finite(p)]:
                 raise NonFiniteError(
                     f"{bad[0]} holds NaN or Inf when it is trained; lower --learning-rate"
@@ -295,7 +297,7 @@ def objective_of(config, heads: Heads, norm: nn.Module | None, steered: bool):
             layer = objectives.RelationGeometry()
         else:
             tau = config.temperature
-            layer = objectives.FisherAlignment(norm, heads.own, temperature=tau, **options)
+            layer = objectives.FisherAlignment(norm, heads.student, temperature=tau, **options)
         layer.interface = config.interface_meant
     output = {
         "onehot": lambda: objectives.CosineOutput(heads.own, **options),
