@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from pkt_ext.errors import NonFiniteError
 from pkt_ext.streaming.batches import Batch, Sample
 from pkt_ext.streaming.blocks import StreamedModel
 from pkt_ext.streaming.budget import Allotment
@@ -151,7 +152,17 @@ class TargetVisitor(Visitor):
             if place + 1 < len(blocks):
                 self._wait(number, rows.shape[1]).write(first, found)
             else:
-                self._layers[number].write(first, self._mapped(found))
+                self._layers[number].write(first, self._representable(index, found))
+
+    def _representable(self, index: int, rows: torch.Tensor) -> torch.Tensor:
+        """Mapped, in the files' dtype: float16 ends at 65504."""
+        found = self._mapped(rows).to(self._layers[0].dtype)
+        if not torch.isfinite(found).all():
+            raise NonFiniteError(
+                f"what the teacher's block {index} gives becomes NaN or Inf when it is mapped and "
+                f"kept in {found.dtype}; use --dtype bfloat16 or float32"
+            )
+        return found
 
     def _wait(self, number: int, width: int) -> RowFile:
         if number not in self._waiting:
@@ -184,7 +195,8 @@ def make_targets(
     Rows are mapped in float32 and rounded once. Arguments: see `TargetVisitor`.
 
     Raises:
-        NonFiniteError: hidden states that are not finite, by block, sample and parameter.
+        NonFiniteError: hidden states that are not finite, by block, sample and parameter; mapped
+            rows that the files' dtype cannot hold.
         ResourceError, OSError: no space.
     """
     for file in (*layers[0], output[0]):

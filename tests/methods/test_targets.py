@@ -5,6 +5,7 @@ import model_zoo as zoo
 import pytest
 import torch
 
+from pkt_ext.errors import NonFiniteError
 from pkt_ext.methods.targets import Phase, Places, Source, make_targets
 from pkt_ext.streaming.batches import Sample
 from pkt_ext.streaming.blocks import StreamedModel
@@ -101,3 +102,22 @@ def test_targets_are_what_the_whole_model_gives(tmp_path, family, interface):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "layer-0", "layer-1", "layer-2", "output"
     ]  # fmt: skip
+
+
+def test_rows_that_float16_cannot_hold_are_named(tmp_path):
+    stream = StreamedModel(Checkpoint.open(zoo.build("llama_gqa", **zoo.TEACHER)))
+    places = Places.of(samples(), POSITIONS)
+    layer = RowFile(tmp_path / "layer", (places.total, 48), torch.float16)
+    output = RowFile(tmp_path / "output", (places.total, 48), torch.float16)
+    with pytest.raises(NonFiniteError, match="block 1 .* use --dtype bfloat16 or float32"):
+        make_targets(
+            stream,
+            samples(),
+            phases=[Phase(0, (Source(1),))],
+            layers=([layer], places),
+            output=(output, places),
+            mapped=lambda rows: 1e6 * rows,
+            interface="output",
+            allotment=Allotment(2, activation_bytes=0),
+            show=False,
+        )
