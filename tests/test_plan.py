@@ -613,6 +613,16 @@ def test_semalign_on_a_device_that_is_not_here(pair, no_weights):
     assert stages["targets"]["phases"]["forward"]["parts"]["weights"] > 0
 
 
+def test_semalign_of_hub_ids_costs_headers(pair, serve, capsys):
+    hub = serve(pair / "student")
+    more = ["--budget=24GiB", "--device=cuda", "--json", "--student=someone/model"]
+    assert cli.run(semalign_argv(pair, *more)) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name for _, name in hub.requests()} <= {"config.json", "model.safetensors"}
+    assert hub.bytes_of(".safetensors") <= RANGE
+    assert found["student"]["to_download"] > 0 == found["teacher"]["to_download"]
+
+
 @pytest.mark.parametrize(
     "family, changes",
     [
