@@ -85,6 +85,16 @@ def any_threads():
 
 
 @pytest.fixture
+def no_bars():
+    """As `pkt` itself does where there is no terminal."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+@pytest.fixture
 def serve(tmp_path, monkeypatch):
     """folder -> the Hub that has it, which is the one asked from now on, with an empty cache."""
     import huggingface_hub

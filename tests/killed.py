@@ -12,8 +12,8 @@ import os
 import signal
 import sys
 
-from pkt_ext import cli
-from pkt_ext.methods import laten, seeking  # noqa: F401 - so that no attempt imports them
+from pkt_ext import attached, cli  # noqa: F401 - so that no attempt imports them
+from pkt_ext.methods import laten, seeking, semalign  # noqa: F401
 
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate"}
 

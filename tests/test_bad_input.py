@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every bad input: its exit code, one line that says what to do, and nothing left behind."""
 
+import errno
 import json
 import os
 import re
@@ -11,11 +12,14 @@ import sys
 import model_zoo
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 
 from pkt_ext import cli
 from pkt_ext.streaming.checkpoint import Checkpoint
+from pkt_ext.streaming.progress import Progress
+from pkt_ext.streaming.rows import RowFile
 
 ROWS = [{"prompt": f"{i} and {i}?", "completion": str(2 * i)} for i in range(3)]
 
@@ -342,16 +346,6 @@ def laten_arguments(place, *more):
     return ["laten", *given, "--rate=0.2", "--rows=2", "--device=cpu", *more]
 
 
-@pytest.fixture
-def no_bars():
-    """As `pkt` itself does where there is no terminal."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    yield
-    logging.enable_progress_bar()
-
-
 def test_the_sound_laten_works(place, capfd, no_bars):
     assert cli.run(laten_arguments(place)) == 0
     out, err = capfd.readouterr()
@@ -456,3 +450,242 @@ def test_full_disk_before_laten(place, capfd, monkeypatch):
     assert "disk full" in line and "free some space" in line
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=12 * network))
     assert cli.run(laten_arguments(place)) == 0
+
+
+# --- pkt semalign ---------------------------------------------------------------------------------
+
+
+def semalign_arguments(place, *more):
+    paths = {"teacher": "teacher", "student": "student", "data": "rows.jsonl", "out": "out"}
+    given = [f"--{name}={place / path}" for name, path in paths.items()]
+    return ["semalign", *given, "--rank=4", "--steps=2", "--batch=2", "--micro-batch=2",
+            "--map-cache=none", "--device=cpu", "-q", *more]  # fmt: skip
+
+
+def write_rows(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def published(place):
+    return json.loads((place / "out" / "report.json").read_text())
+
+
+LONG = {"prompt": "x" * 200, "completion": "y"}
+
+
+def test_the_sound_semalign_works(place, capfd, no_bars):
+    assert cli.run(semalign_arguments(place)) == 0
+    out, err = capfd.readouterr()
+    assert "2 phases; KL to the teacher on held-out rows" in out and err == ""
+    assert sorted(p.name for p in place.iterdir()) == ["out", "rows.jsonl", "student", "teacher"]
+    assert "choose another --out" in refused(place, capfd, semalign_arguments(place))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--objective=magic"], "objective is 'magic'; choose one of cosine, fisher, geometry"),
+        (["--objective=finetune", "--map=frames"], "leave map out"),
+        (["--pairing=similarity"], "add --schedule frontier, or leave pairing out"),
+        (["--batch=4", "--micro-batch=3"], "micro_batch 3 does not divide batch 4"),
+        (["--modules=nose"], "modules is 'nose'; give some of q,k,v,o,gate,up,down"),
+        (["--hold-out=1"], "hold_out is 1.0; give 0 <= hold_out < 1"),
+        (["--lr=0"], "learning_rate is 0.0; give a positive number"),
+        (["--max-length=9"], "student: none of the 3 rows .* raise --max-length"),
+        (["--prompt-format=chat"], "the tokenizer has no chat template; use published"),
+        (["--data=absent.jsonl"], "absent.jsonl.*give a JSON-lines file"),
+        (["--holdout=absent.jsonl"], "absent.jsonl.*give a JSON-lines file"),
+        (["--unrelated=absent.jsonl"], "absent.jsonl.*give a JSON-lines file"),
+        (["--holdout=empty.jsonl"], "empty.jsonl has no rows"),
+        (["--holdout=long.jsonl", "--max-length=100"], "rows to hold out: student: none of the 2"),
+        (["--unrelated=long.jsonl", "--max-length=100"], "none of the 2 rows"),
+        (["--data=long.jsonl", "--max-length=100"], "none of the 2 rows .* raise --max-length"),
+        (["--teacher="], "--teacher is missing"),
+        (["--device=cuda:99"], "device 'cuda:99' cannot be used here; use --device cpu"),
+    ],
+)
+def test_semalign_refuses_before_it_starts(place, capfd, monkeypatch, options, says):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("a weight was read"))
+    (place / "empty.jsonl").touch()
+    write_rows(place / "long.jsonl", LONG, LONG)
+    assert re.search(says, refused(place, capfd, semalign_arguments(place, *options)))
+
+
+def test_semalign_in_several_processes(place, capfd, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    line = refused(place, capfd, semalign_arguments(place))
+    assert "pkt semalign runs in one process; start it without a launcher" in line
+
+
+def test_a_single_row_is_trained_on_and_none_held_out(place, capfd):
+    write_rows(place / "rows.jsonl", ROWS[0])
+    assert cli.run(semalign_arguments(place, "--hold-out=0.5")) == 0
+    assert "no rows were held out to look at" in capfd.readouterr().out
+    assert published(place)["rows"] == {"trained": 1, "held_out": 0, "unrelated": 0}
+
+
+def test_rows_are_held_out_of_those_that_are_left(place):
+    """Whichever are drawn: a row too long to be read is no row to look at."""
+    write_rows(place / "rows.jsonl", *[LONG] * 8, *ROWS)
+    others = f"--unrelated={write_rows(place / 'others.jsonl', LONG, *ROWS)}"
+    assert cli.run(semalign_arguments(place, "--max-length=100", others)) == 0
+    report = published(place)
+    assert report["rows"] == {"trained": 2, "held_out": 1, "unrelated": 3}
+    assert len(report["dropped"]) == 8 + 1
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_tokenizers_that_share_too_little(place, capfd, who):
+    tokens = model_zoo.tokenizer()
+    content = json.loads(tokens.backend_tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {token: i for token, i in vocabulary.items() if i < 40}
+    tokens._tokenizer = Tokenizer.from_str(json.dumps(content))
+    tokens.save_pretrained(place / who)
+    line = refused(place, capfd, semalign_arguments(place))
+    assert "the tokenizers share 40 tokens, but hidden size 48 takes as many at least" in line
+    assert "choose a pair of models whose vocabularies overlap" in line
+
+
+def test_tokens_that_a_model_has_no_row_for(place, capfd):
+    model_zoo.save(model_zoo.build("llama_gqa", **model_zoo.STUDENT, vocab=100), place / "student")
+    line = refused(place, capfd, semalign_arguments(place))
+    assert "outside the model's vocabulary of 100; use the model's own tokenizer" in line
+
+
+def test_modules_that_the_student_does_not_have(place, capfd):
+    model_zoo.save(model_zoo.build("gpt2", **model_zoo.STUDENT), place / "student")
+    line = refused(place, capfd, semalign_arguments(place, "--modules=gate"))
+    assert "transformer.h.0" in line and "has q,k,v,o,up,down; give some of these" in line
+
+
+@pytest.mark.parametrize(
+    ("bits", "options", "says"),
+    [
+        (4, [], "no gradient passes on a CPU; use the unquantised student"),
+        (8, ["--train=block"], "cannot be trained themselves; use --train lora"),
+    ],
+)
+def test_semalign_refuses_quantised_students(place, capfd, no_bars, bits, options, says):
+    settings = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    packed = transformers.AutoModelForCausalLM.from_pretrained(
+        place / "student", quantization_config=settings, device_map={"": "cpu"}
+    )
+    model_zoo.save(packed, place / "student")
+    assert says in refused(place, capfd, semalign_arguments(place, *options))
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.layers.1.mlp.up_proj.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ],
+)
+def test_semalign_names_weights_that_are_not_finite(place, capfd, no_bars, who, name):
+    rewrite(place / who, lambda t: t[name].view(-1)[3 :: t[name].shape[-1]].fill_(float("nan")))
+    line = refused(place, capfd, semalign_arguments(place))
+    assert "NaN" in line and name in line and "download or convert it again" in line
+
+
+def test_a_nan_in_a_row_of_the_head_that_no_token_has(place, capfd, no_bars):
+    rewrite(place / "student", lambda t: t["lm_head.weight"][-1].fill_(float("nan")))
+    assert "lm_head.weight holds NaN" in refused(place, capfd, semalign_arguments(place))
+    options = ["--output=kl", f"--unrelated={place / 'rows.jsonl'}"]  # the tokens shared alone
+    line = refused(place, capfd, semalign_arguments(place, *options))
+    assert "lm_head.weight holds NaN" in line
+    assert cli.run(semalign_arguments(place, *options[:1])) == 0
+
+
+@pytest.mark.parametrize(
+    ("factor", "says"),
+    [
+        (1e5, "sample 'rows.jsonl:.' gives NaN or Inf in the student"),
+        (1e6, "student: model.layers.0.mlp.down_proj.weight holds NaN or Inf"),
+    ],
+)
+def test_a_student_too_large_for_float16(place, capfd, no_bars, factor, says):
+    rewrite(place / "student", lambda t: t["model.layers.0.mlp.down_proj.weight"].mul_(factor))
+    line = refused(place, capfd, semalign_arguments(place, "--dtype=float16"))
+    assert re.search(says, line) and "use --dtype float32 or bfloat16" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--lr=1e30"], "block 0: step 2: .* lower --learning-rate"),
+        (["--lr=1e30", "--objective=fisher"], "step 2: .* lower --learning-rate"),
+        (["--lr=1e30", "--objective=distillation"], "step 2: .* lower --learning-rate"),
+        # no later loss sees the last step
+        (["--lr=1e39", "--steps=1", "--hold-out=0", "--critical=1"], "trained; lower --learning"),
+        (["--lr=1e25", "--steps=1", "--critical=1", "--train=block"], "lower --learning-rate"),
+    ],
+)
+def test_a_semalign_that_runs_away_says_so_and_leaves_nothing(place, capfd, no_bars, options, says):
+    line = refused(place, capfd, semalign_arguments(place, "--warmup=0", *options))
+    assert re.search(says, line) and "kept" not in line
+
+
+def test_a_folder_for_maps_that_cannot_be_is_a_warning(place, capfd, no_bars):
+    argv = [each for each in semalign_arguments(place, "--steps=1") if each != "-q"]
+    assert cli.run([*argv, f"--map-cache={place / 'rows.jsonl' / 'maps'}"]) == 0
+    assert f"was not kept in {place / 'rows.jsonl' / 'maps'}" in capfd.readouterr().err
+    assert published(place)["map"]["cached"] is False
+
+
+def test_a_damaged_map_is_built_again(place, capfd, no_bars):
+    argv = [each for each in semalign_arguments(place, "--steps=1") if each != "-q"]
+    argv += [f"--map-cache={place / 'maps'}", "--overwrite"]
+    found = []
+    for damaged in (False, False, True, False):
+        if damaged:
+            (path,) = (place / "maps").iterdir()
+            content = bytearray(path.read_bytes())
+            content[-1] ^= 1
+            path.write_bytes(content)
+        assert cli.run(argv) == 0
+        assert ("is damaged" in capfd.readouterr().err) == damaged
+        weights = (place / "out" / "adapter_model.safetensors").read_bytes()
+        found.append((published(place)["map"]["cached"], weights))
+    assert [cached for cached, _ in found] == [False, True, False, True]
+    assert len({weights for _, weights in found}) == 1
+
+
+def test_full_disk_before_semalign(place, capfd, monkeypatch):
+    usage = shutil.disk_usage(place)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("a weight was read"))
+    line = refused(place, capfd, semalign_arguments(place), code=75)
+    assert "disk full" in line and "free some space" in line
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "kept"),
+    [
+        (os, "posix_fallocate", True),  # the targets' files
+        (RowFile, "write", True),
+        (Progress, "save", True),  # what a phase has learned
+        (Progress, "record", False),  # the first
+    ],
+)
+def test_full_disk_in_the_middle_of_semalign(place, capfd, no_bars, monkeypatch, owner, name, kept):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        assert cli.run(semalign_arguments(place)) == 75
+    out, err = capfd.readouterr()
+    (line,) = err.splitlines()
+    assert out == "" and "disk full" in line and "free some space" in line
+    assert not (place / "out").exists() and (place / "out.progress").exists() == kept
+    assert (f"kept in {place / 'out.progress'}" in line) == kept
+    assert cli.run(semalign_arguments(place)) == 0
+    assert sorted(p.name for p in place.iterdir()) == ["out", "rows.jsonl", "student", "teacher"]

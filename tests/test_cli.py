@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -160,8 +161,6 @@ def test_everything_can_stand_in_the_file(pair, tmp_path):
     ],
 )
 def test_a_file_that_cannot_be_is_refused(pair, tmp_path, capsys, content, says):
-    import re
-
     path = tmp_path / "bad.yaml"
     path.write_text(content)
     assert cli.run(seeking(pair, tmp_path / "out", "--config", str(path))) == 2
@@ -193,8 +192,6 @@ def test_settings_are_read_by_type(tmp_path):
     ],
 )
 def test_exit_codes_and_one_line(monkeypatch, capsys, error, code, says):
-    import re
-
     import pkt_ext.build_info
 
     def fail():
@@ -356,10 +353,50 @@ def test_transfer_by_laten(pair, tmp_path, recipe):
     )
 
 
+def test_transfer_by_semalign(pair, tmp_path, recipe, capfd, no_bars):
+    data, run = str(pair / "rows.jsonl"), tmp_path / "run"
+    steer = {"data": data, "unrelated": data, "objective": "geometry", "steps": 2, "batch": 2}
+    steer |= {"micro_batch": 2, "rank": 4, "device": "cpu", "map_cache": "none"}
+    path = recipe(method="semalign", steer=steer, merge={"dtype": "float32"})
+    assert cli.run(["transfer", path, "--out", str(run), "-v"]) == 0
+    out, err = capfd.readouterr()
+    said, merged = out.splitlines()
+    assert re.fullmatch(
+        rf"{run / 'adapter'}: 2 phases; KL to the teacher on held-out rows [\d.]+ before, [\d.]+ "
+        r"after, agreement [\d.]+% and [\d.]+%; [\d.]+ s",
+        said,
+    )
+    assert f"{run / 'model'}: 8 matrices changed" in merged
+    assert "block 1: step 2 of 2: loss" in err and "\r" not in err  # lines, no bars
+    for folder in ("adapter", "model"):
+        assert cli.run(["verify", str(run / folder)]) == 0
+
+
+def test_a_trained_block_is_a_model_and_nothing_to_merge(pair, tmp_path, recipe, capsys):
+    data = str(pair / "rows.jsonl")
+    steer = {"data": data, "train": "block", "critical": 1, "steps": 1, "batch": 2}
+    steer |= {"micro_batch": 2, "device": "cpu", "map_cache": "none", "hold_out": 0}
+    both, run = recipe(method="semalign", steer=steer, merge={}), tmp_path / "run"
+    assert cli.run(["transfer", both, "--out", str(run)]) == 2 and not run.exists()
+    assert "no adapter to merge; leave merge out" in capsys.readouterr().err
+    alone = recipe(method="semalign", steer=steer)
+    assert cli.run(["transfer", alone, "--out", str(run), "-q"]) == 0
+    assert "1 phase; no rows were held out to look at" in capsys.readouterr().out
+    changed, base = (
+        load_file(path / "model.safetensors") for path in (run / "adapter", pair / "student")
+    )
+    assert changed.keys() == base.keys()
+    argv = ["merge", f"--student={pair / 'student'}", f"--adapter={run / 'adapter'}"]
+    assert cli.run([*argv, f"--out={tmp_path / 'model'}"]) == 2
+    assert "it is a complete model, to be loaded as it is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         ({"merge": {}}, "each needs those before it"),
+        ({"method": "semalign", "steer": {}}, "steer: data is missing"),
+        ({"method": "semalign", "steer": {"data": "absent.jsonl"}}, "absent.jsonl"),
         ({"method": "laten", "extract": {}}, "a recipe of laten: unknown option 'extract'"),
         ({"method": "laten", "align": {"locate": "x"}}, "align: align is missing"),
         ({}, "the recipe has the stages none"),

@@ -88,3 +88,12 @@ def test_laten_page(shop):
     run(shop, ["bash", "-euc", script])
     assert (shop / "delta" / "delta.safetensors").exists()
     assert (shop / "merged" / "config.json").exists()
+
+
+def test_semalign_page(shop):
+    (script,) = blocks("docs/semalign.md", "bash")
+    run(shop, ["bash", "-euc", script])
+    assert (shop / "steered" / "adapter_config.json").exists()
+    assert (shop / "steered-model" / "config.json").exists()
+    (script,) = blocks("docs/semalign.md", "python")
+    run(shop, [sys.executable, "-c", script])

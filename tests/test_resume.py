@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 
 from pkt_ext import artifact, cli
 from pkt_ext.errors import NonFiniteError
-from pkt_ext.methods import laten, locating
+from pkt_ext.methods import laten, locating, semalign
 from pkt_ext.methods.alignment import Alignment
+from pkt_ext.methods.steering import Steering
 from pkt_ext.streaming.checkpoint import Checkpoint
 from pkt_ext.streaming.passes import Pass
 from pkt_ext.streaming.progress import Progress
@@ -400,3 +402,168 @@ def test_a_budget_of_laten_may_change_on_the_way(place, delta, tmp_path, monkeyp
         assert cli.run(laten_arguments(place, out, "--budget=2GiB")) == 1
     assert cli.run(laten_arguments(place, out, "--budget=3GiB")) == 0
     assert tensors(out) == tensors(delta)
+
+
+# --- pkt semalign ---------------------------------------------------------------------------------
+
+HELD = [{"prompt": f"{i} + 1 =", "completion": f"{i + 1}"} for i in range(2)]
+
+
+def semalign_arguments(place, out, *more):
+    held = place / "held.jsonl"
+    if not held.exists():
+        held.write_text("".join(json.dumps(row) + "\n" for row in HELD))
+    files = [f"--{name}={held}" for name in ("holdout", "unrelated")]
+    return ["semalign", f"--teacher={place / 'teacher'}", f"--student={place / 'student'}",
+            f"--data={place / 'rows.jsonl'}", *files, f"--out={out}", "--objective=geometry",
+            "--pairing=similarity", "--steps=2", "--batch=2", "--micro-batch=2", "--rank=4",
+            "--lr=1e-2", "--dropout=0.1", "--map-cache=none", "--device=cpu", "-q",
+            *more]  # fmt: skip
+
+
+def learned(out) -> bytes:
+    return (out / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def steered(place, tmp_path_factory):
+    """The output of a run that nothing stopped."""
+    out = tmp_path_factory.mktemp("steered") / "out"
+    assert cli.run(semalign_arguments(place, out)) == 0
+    return out
+
+
+def test_semalign_killed_at_any_moment_leaves_the_same_bytes(place, steered, tmp_path):
+    (((code, operations),),) = attempts([[semalign_arguments(place, tmp_path / "whole"), [None]]])
+    assert code == 0 and learned(tmp_path / "whole") == learned(steered)
+    rng, commands = random.Random(5), []
+    for number in range(6):
+        kills = [rng.randrange(operations // 4, operations)]
+        if number < 2:  # in the cleaning up
+            kills = [operations - 3 - 4 * number]
+        elif number == 5:  # at a time, and again
+            kills = [rng.uniform(0.3, 1.5), *kills]
+        commands.append([semalign_arguments(place, tmp_path / f"out-{number}"), [*kills, None]])
+    interrupted = 0
+    for number, (*killed, last) in enumerate(attempts(commands)):
+        codes = [code for code, _ in killed]
+        interrupted += any(code < 0 for code in codes)
+        assert last[0] == (2 if 0 in codes else 0), (commands[number], codes, last)
+        out = tmp_path / f"out-{number}"
+        assert learned(out) == learned(steered), commands[number]
+        assert artifact.verify(out) == []
+        assert {p.name for p in tmp_path.iterdir() if p.name.startswith(out.name)} == {out.name}
+    assert interrupted >= 4
+
+
+def interrupted_by(number):
+    """As Ctrl-C or a scheduler does it, when the first phase is noted."""
+
+    def patch(patch):
+        record = Progress.record
+
+        def note(self, step, **facts):
+            record(self, step, **facts)
+            if step == "phase 0":
+                os.kill(os.getpid(), number)
+
+        patch.setattr(Progress, "record", note)
+
+    return patch
+
+
+# where it stops -> (how, its exit code, phases that the repeated command trains)
+SEMALIGN_MOMENTS = {
+    "the attribution is written": (stopped_before("attribution"), 1, 2),
+    "the blocks are compared": (stopped_before("similarity"), 1, 2),
+    "the targets are written": (stopped_before("targets"), 1, 2),
+    "a phase is written": (stopped_before("phase 1"), 1, 1),
+    "everything is trained": (lambda p: p.setattr(semalign, "write_adapter", stop), 1, 0),
+    "it cleans up": (lambda p: p.setattr(Progress, "remove", half_removed), 1, 0),
+    "Ctrl-C": (interrupted_by(signal.SIGINT), 130, 1),
+    "SIGTERM": (interrupted_by(signal.SIGTERM), 143, 1),
+}
+
+
+@pytest.mark.parametrize("moment", SEMALIGN_MOMENTS)
+def test_semalign_goes_on_where_it_stopped(place, steered, tmp_path, monkeypatch, capsys, moment):
+    out, (interrupt, code, phases) = tmp_path / "out", SEMALIGN_MOMENTS[moment]
+    with monkeypatch.context() as patch:
+        interrupt(patch)
+        assert cli.run(semalign_arguments(place, out)) == code
+    published = moment == "it cleans up"
+    kept = moment != "the attribution is written"  # nothing was finished before
+    assert out.with_name("out.progress").exists() == kept and out.exists() == published
+    says = f"what is finished is kept in {out}.progress: the same command goes on from there"
+    assert (says in capsys.readouterr().err) == (kept and not published)
+    trained, train = [], Steering._train
+    monkeypatch.setattr(Steering, "_train", lambda *a: trained.append(1) or train(*a))
+    assert cli.run(semalign_arguments(place, out)) == 0
+    assert len(trained) == phases and learned(out) == learned(steered)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    report, whole = (json.loads((o / "report.json").read_text()) for o in (out, steered))
+    assert report.keys() == whole.keys()
+    for key in ("attribution", "pairs", "losses", "before", "after", "rows", "positions"):
+        assert report[key] == whole[key]
+
+
+@pytest.mark.parametrize(
+    ("victim", "phases"),
+    [
+        ("phase-0000.safetensors", 2),
+        ("output.activations", 2),
+        ("layer-0001.activations", 2),
+        ("seen-0000.activations", 2),
+        ("prefix-0001.activations", 1),  # nobody needs it
+    ],
+)
+def test_semalign_does_again_what_is_damaged(place, steered, tmp_path, monkeypatch, victim, phases):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stopped_before("phase 1")(patch)
+        assert cli.run(semalign_arguments(place, out)) == 1
+    path = out.with_name("out.progress") / victim
+    path.write_bytes(path.read_bytes()[:-1])
+    trained, train = [], Steering._train
+    monkeypatch.setattr(Steering, "_train", lambda *a: trained.append(1) or train(*a))
+    assert cli.run(semalign_arguments(place, out)) == 0
+    assert len(trained) == phases and learned(out) == learned(steered)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda place: ["--rank=3"], "config.rank was 4, is 3"),
+        (lambda place: ["--lr=1e-3"], "config.learning_rate was 0.01, is 0.001"),
+        (lambda place: rewrite_rows(place), "inputs.data"),
+        (lambda place: touch_teacher(place), "inputs.teacher"),
+    ],
+)
+def test_the_progress_of_another_semalign_is_refused(
+    place, tmp_path, monkeypatch, capsys, change, says
+):
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stopped_before("similarity")(patch)
+        assert cli.run(semalign_arguments(tmp_path, out)) == 1
+    more = change(tmp_path)
+    capsys.readouterr()
+    assert cli.run(semalign_arguments(tmp_path, out, *more)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line and "another run" in line and "--no-resume" in line
+    assert cli.run(semalign_arguments(tmp_path, out, *more, "--no-resume")) == 0
+    assert not out.with_name("out.progress").exists()
+
+
+def test_phases_in_half_precision_are_the_same_after_an_interruption(place, tmp_path, monkeypatch):
+    """They were rounded when they were kept: what the next phase is given is what it was."""
+    options = ["--dtype=bfloat16", "--train=block"]
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert cli.run(semalign_arguments(place, whole, *options)) == 0
+    with monkeypatch.context() as patch:
+        stopped_before("phase 1")(patch)
+        assert cli.run(semalign_arguments(place, out, *options)) == 1
+    assert cli.run(semalign_arguments(place, out, *options)) == 0
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (whole, out)]
+    assert weights[0] == weights[1]

@@ -117,9 +117,12 @@ class Steering:
         for name, parameter in self.model.named_parameters():
             own = not parameter.requires_grad and ".lora_" not in name
             if own and not _finite(parameter):
+                advice = "the checkpoint is damaged, download or convert it again"
+                if parameter.dtype == torch.float16:
+                    advice = f"use --dtype float32 or bfloat16; if it does there too, {advice}"
                 return NonFiniteError(
                     f"{self.job.student.name}: {name.replace('.base_layer', '')} holds NaN or Inf; "
-                    "the checkpoint is damaged, download or convert it again"
+                    f"{advice}"
                 )
         return None
 
