@@ -54,6 +54,8 @@ def read_rows(source: str | os.PathLike | Iterable[Mapping | Row]) -> list[Row]:
         if not rows:
             raise InputError("the data has no rows; give at least one")
         return rows
+    if not str(source):  # Path("") would be the working directory
+        raise InputError("the name of a data file is empty; give a JSON-lines file")
     path = Path(source)
     rows = []
     try:

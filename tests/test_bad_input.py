@@ -502,6 +502,7 @@ def test_the_sound_semalign_works(place, capfd, no_bars):
         (["--unrelated=long.jsonl", "--max-length=100"], "none of the 2 rows"),
         (["--data=long.jsonl", "--max-length=100"], "none of the 2 rows .* raise --max-length"),
         (["--teacher="], "--teacher is missing"),
+        (["--holdout="], "the name of a data file is empty; give a JSON-lines file"),
         (["--device=cuda:99"], "device 'cuda:99' cannot be used here; use --device cpu"),
     ],
 )
@@ -553,6 +554,7 @@ def test_tokenizers_that_share_too_little(place, capfd, who):
 def test_tokens_that_a_model_has_no_row_for(place, capfd):
     model_zoo.save(model_zoo.build("llama_gqa", **model_zoo.STUDENT, vocab=100), place / "student")
     line = refused(place, capfd, semalign_arguments(place))
+    assert "student: sample 'rows.jsonl:" in line
     assert "outside the model's vocabulary of 100; use the model's own tokenizer" in line
 
 
@@ -592,6 +594,13 @@ def test_semalign_names_weights_that_are_not_finite(place, capfd, no_bars, who, 
     rewrite(place / who, lambda t: t[name].view(-1)[3 :: t[name].shape[-1]].fill_(float("nan")))
     line = refused(place, capfd, semalign_arguments(place))
     assert "NaN" in line and name in line and "download or convert it again" in line
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_a_head_of_zeros(place, capfd, who):
+    rewrite(place / who, lambda t: t["lm_head.weight"].zero_())
+    line = refused(place, capfd, semalign_arguments(place))
+    assert f"{who}: lm_head.weight is all zero; choose a model that was trained" in line
 
 
 def test_a_nan_in_a_row_of_the_head_that_no_token_has(place, capfd, no_bars):

@@ -89,8 +89,8 @@ def prepare(models, tokenizers, data, holdout, unrelated, config) -> Job:
     for stream, name in zip(streams, ("teacher", "student"), strict=True):
         for part in (found, held):
             if part is not None:
-                stream.check(getattr(part, name))
-    streams[1].check(others)
+                _check(stream, getattr(part, name), name)
+    _check(streams[1], others, "student")
     places = layer_positions(found, shared, config)
     return Job(streams, shared, found, places, held, others, dropped)
 
@@ -143,6 +143,13 @@ def _check_modules(student: StreamedModel, config) -> None:
                 f"modules is {config.modules!r}, but {path} of {student.checkpoint.name} has "
                 f"{','.join(dict.fromkeys(roles))}; give some of these"
             )
+
+
+def _check(stream: StreamedModel, samples: list[Sample], who: str) -> None:
+    try:
+        stream.check(samples)
+    except InputError as error:
+        raise InputError(f"{who}: {error}") from error
 
 
 def _read_held_out(source, read) -> PairedRows:

@@ -189,7 +189,10 @@ def semantic_basis(
     gram.diagonal().add_(added)
     first, rank, condition = factored(gram)
     if rank == 0:
-        raise InputError(f"{head.stream.checkpoint.name}: {head.stream.head_name} is all zero")
+        raise InputError(
+            f"{head.stream.checkpoint.name}: {head.stream.head_name} is all zero; choose a model "
+            "that was trained, or download the checkpoint again"
+        )
     del gram
     basis = SemanticBasis((first,), rank, condition, added)
     if ridge or condition <= REFINE_ABOVE:
