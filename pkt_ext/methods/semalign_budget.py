@@ -23,6 +23,12 @@ from pkt_ext.streaming.needs import CONTEXT, SLACK
 
 _PLENTY = 2**60  # bytes: a budget that nothing exceeds
 _CHUNKS = [CHUNK_BYTES >> n for n in range(7)]  # of the map, from 32 MiB on
+_VERBS = {  # of the passes
+    "attribution": "attribute",
+    "compare teacher": "compare the teacher's blocks",
+    "compare student": "compare the student's blocks",
+    "targets": "make the targets",
+}
 _INSTEAD = "lower --max-length, --micro-batch or --batch for less"
 
 
@@ -50,8 +56,7 @@ def least_bytes(
         stages["build the map"] = map_needs(job, config, _CHUNKS[-1], device)
         beside = matrix_bytes(job) + (SLACK if on_cpu else 0)
     for name, reading in readings(job, config).items():
-        verb = {"attribution": "attribute", "targets": "make the targets"}.get(name, name)
-        stages[verb] = share_out(reading, config, _PLENTY, device=device).least + beside
+        stages[_VERBS[name]] = share_out(reading, config, _PLENTY, device=device).least + beside
     return stages | {"train": needs.peak}
 
 
