@@ -269,7 +269,7 @@ def test_laten_killed_at_any_moment_leaves_the_same_bytes(place, tmp_path):
     for number in range(6):
         kills = [rng.randrange(operations // 4, operations)]
         if number < 2:  # in the cleaning up
-            kills = [operations - 5 * number]
+            kills = [operations - 3 - 5 * number]
         elif number == 5:
             kills = [operations // 2, *kills]
         commands.append([laten_arguments(place, tmp_path / f"out-{number}"), [*kills, None]])
