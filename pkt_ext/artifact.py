@@ -187,7 +187,8 @@ def finished(out: Path, progress: Path, run: dict) -> dict | None:
         return None
     found, ours = read(out), json.loads(json.dumps(run))
     for config in (found.get("config") or {}, ours["config"]):
-        config.pop("budget", None)  # it changes no result
+        for name in ("budget", "map_cache"):  # they change no result
+            config.pop(name, None)
     if any(found.get(key) != ours[key] for key in ("config", "inputs")):
         return None
     return json.loads((out / "report.json").read_bytes())
@@ -372,7 +373,9 @@ def _full_message(out: Path, staging: Path, planned_bytes: int) -> str:
 
 
 def _is_disk_full(error: BaseException | None) -> bool:
-    while error is not None:
+    seen: set[int] = set()  # an error may have become its own cause
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         if isinstance(error, OSError) and error.errno in _FULL:
             return True
         # safetensors reports the operating system's error only in words

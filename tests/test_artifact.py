@@ -285,3 +285,15 @@ def test_import_is_light():
     """artifact.py is a leaf: pkt verify must not wait for torch."""
     process = child("import sys, pkt_ext.artifact; print('torch' in sys.modules)")
     assert process.communicate(timeout=30)[0] == "False\n"
+
+
+def test_an_error_that_is_its_own_cause_is_only_an_error(tmp_path):
+    def write():
+        with artifact.publish(tmp_path / "out", kind="adapter", run={}, report={}):
+            try:
+                raise ValueError("first")
+            except ValueError as error:
+                raise error from error
+
+    with pytest.raises(ValueError, match="first"):
+        write()
