@@ -433,9 +433,10 @@ def steered(place, tmp_path_factory):
     return out
 
 
-def test_semalign_killed_at_any_moment_leaves_the_same_bytes(place, steered, tmp_path):
+def test_semalign_killed_at_any_moment_leaves_the_same_bytes(place, tmp_path):
     (((code, operations),),) = attempts([[semalign_arguments(place, tmp_path / "whole"), [None]]])
-    assert code == 0 and learned(tmp_path / "whole") == learned(steered)
+    assert code == 0
+    whole = learned(tmp_path / "whole")  # of one thread, as the attempts are
     rng, commands = random.Random(5), []
     for number in range(6):
         kills = [rng.randrange(operations // 4, operations)]
@@ -450,7 +451,7 @@ def test_semalign_killed_at_any_moment_leaves_the_same_bytes(place, steered, tmp
         interrupted += any(code < 0 for code in codes)
         assert last[0] == (2 if 0 in codes else 0), (commands[number], codes, last)
         out = tmp_path / f"out-{number}"
-        assert learned(out) == learned(steered), commands[number]
+        assert learned(out) == whole, commands[number]
         assert artifact.verify(out) == []
         assert {p.name for p in tmp_path.iterdir() if p.name.startswith(out.name)} == {out.name}
     assert interrupted >= 4
