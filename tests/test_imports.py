@@ -23,7 +23,7 @@ FLOORS = [
     | {"attribution", "objectives"},
     {"baselines", "training_needs", "training", "alignment_trainer"},
     {"methods", "finetune"},
-    {"demo", "demo_steering", "demo_world", "bench", "probe"},
+    {"demo", "demo_steering", "demo_world", "bench", "probe", "compat"},
     {"plan"},
     {"verbs"},
     {"recipes"},
