@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pkt_ext.models.versions import as_block_output
+
 
 @contextmanager
 def replaced(
@@ -22,7 +24,7 @@ def replaced(
     def substitute(index: int):
         def run(*args, **kwargs):
             hidden, *rest = args or (kwargs.pop("hidden_states"),)
-            return forward(index, hidden, tuple(rest), kwargs)
+            return as_block_output(forward(index, hidden, tuple(rest), kwargs))
 
         return run
 

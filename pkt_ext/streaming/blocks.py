@@ -12,6 +12,7 @@ from torch import nn
 from pkt_ext.errors import InputError, NonFiniteError
 from pkt_ext.models.anatomy import Anatomy, describe
 from pkt_ext.models.replaced import replaced
+from pkt_ext.models.versions import long_rope
 from pkt_ext.streaming.batches import Batch, check_samples, make_batches
 
 
@@ -217,17 +218,11 @@ def batches_for(
     model, anatomy: Anatomy, samples, micro_batch: int, device: torch.device | str
 ) -> list[Batch]:
     """`make_batches` within a model's vocabulary and positions; `model` may be on meta."""
-    config = model.config
-    rope = getattr(config, "rope_parameters", None) or {}
-    alone = None
-    if rope.get("rope_type") in ("dynamic", "longrope"):
-        own = rope.get("original_max_position_embeddings")
-        alone = own or config.max_position_embeddings
     return make_batches(
         samples,
         micro_batch,
         **_limits(model, anatomy),
-        alone_above=alone,
+        alone_above=long_rope(model.config),
         device=device,
     )
 

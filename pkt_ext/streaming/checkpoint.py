@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from pkt_ext.errors import InputError
 from pkt_ext.models.anatomy import check_config
 from pkt_ext.models.quantisation import KEYS, refusal, settings_of
+from pkt_ext.models.versions import dtype_of, from_config, key_renamer
 from pkt_ext.streaming.files import (
     Files,
     Stored,
@@ -144,8 +145,8 @@ class Checkpoint:
             return self._model.dtype
         dtype = (
             self._compute_dtype
-            or self.config.dtype
-            or (self._outer is not None and self._outer.dtype)
+            or dtype_of(self.config)
+            or (self._outer is not None and dtype_of(self._outer))
             or None
         )
         if dtype is None:
@@ -383,22 +384,15 @@ class Checkpoint:
 
     def _renamed(self, model: PreTrainedModel) -> Iterable[tuple[str, Stored]]:
         """(parameter name of `model`, tensor) for every tensor that is not to be ignored."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-        from transformers.core_model_loading import rename_source_key as rename
-
         outer, inner = model, None
         if self._outer is not None:
             outer = _build(transformers.AutoModelForImageTextToText, self._outer, torch.float32)
             inner = _text_names(outer, model)
         known = outer.state_dict()
-        rules = get_model_conversion_mapping(outer) if self._model is None else []
-        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-        prefix = outer.base_model_prefix
+        rename = key_renamer(outer, known, stored=self._model is None)
         ignored = [*_OLD_BUFFERS, *(outer._keys_to_ignore_on_load_unexpected or ())]
         for stored in self._stored.values():
-            name, converter = rename(stored.key, renamings, converters, prefix, known)
+            name, converter = rename(stored.key)
             if name not in known and stored.key in known:
                 name, converter = stored.key, None
             if name not in known:
@@ -469,10 +463,8 @@ def _build(auto, config, dtype: torch.dtype) -> PreTrainedModel:
     """`auto.from_config` with parameters on meta, tied, in eval mode."""
     from accelerate import init_empty_weights
 
-    config = copy.deepcopy(config)
-    config._attn_implementation = None  # transformers' choice, not that of a loaded model
     with init_empty_weights(include_buffers=False):
-        model = auto.from_config(config, dtype=dtype)
+        model = from_config(auto, config, dtype)
     model.tie_weights()  # moving to meta made two parameters of one
     return model.eval()
 

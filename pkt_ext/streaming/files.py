@@ -83,7 +83,7 @@ def read_config(folder: Path, name: str):
         kind = json.loads(path.read_bytes()).get("model_type")
         if kind is not None and kind not in transformers.CONFIG_MAPPING:
             # a repository's own code, or a family newer than this transformers
-            check_config(transformers.PreTrainedConfig(model_type=kind))
+            check_config(transformers.PretrainedConfig(model_type=kind))
         return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except InputError:
         raise
