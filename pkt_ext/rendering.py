@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -76,7 +77,7 @@ def render(row: Row, tokenizer, form: str, stage: str) -> Rendered:
     if form == "plain":
         prompt = "".join(m["content"] for m in row.messages[:-1])
         return Rendered(prompt + answer, prompt, form)
-    prompt = _published(row, tokenizer.eos_token if stage == "extract" else "\n\n")
+    prompt = published_prompt(row.messages, tokenizer.eos_token if stage == "extract" else "\n\n")
     closing = "" if stage == "extract" else "\n\n"
     return Rendered(prompt + answer.strip() + closing, prompt, form)
 
@@ -102,10 +103,24 @@ def answer_start(row: Row, rendered: Rendered, tokenizer) -> int | None:
 def up_to(answer: str, row: Row, tokenizer, form: str) -> str:
     """The row's text up to the end of `answer`, which takes the last message's place."""
     if form == "published":
-        return _published(row, "\n\n") + answer
+        return published_prompt(row.messages, "\n\n") + answer
     if form == "plain":
         return "".join(m["content"] for m in row.messages[:-1]) + answer
     return _before_answer(row, tokenizer) + answer
+
+
+def published_turns(messages: Sequence[Mapping[str, str]], closing: str) -> str:
+    """Turns as the released scripts write them; an assistant's ends in `closing`."""
+    return "".join(
+        f"<|{m['role']}|>\n{m['content'].strip()}"
+        + (closing if m["role"] == "assistant" else "\n\n")
+        for m in messages
+    )
+
+
+def published_prompt(messages: Sequence[Mapping[str, str]], closing: str) -> str:
+    """What asks for the last turn, an answer."""
+    return published_turns(messages[:-1], closing) + "<|assistant|>\n"
 
 
 def token_ids(tokenizer, text: str, special: bool = True) -> list[int]:
@@ -115,16 +130,6 @@ def token_ids(tokenizer, text: str, special: bool = True) -> list[int]:
     if special and ids and ids[-1] == tokenizer.eos_token_id and len(ids) > 1:
         ids = ids[:-1]  # a tokenizer that appends EOS by itself: counted once, by the caller
     return list(ids)
-
-
-def _published(row: Row, closing: str) -> str:
-    """What stands before the last answer; earlier ones end in `closing`."""
-    turns = (
-        f"<|{m['role']}|>\n{m['content'].strip()}"
-        + (closing if m["role"] == "assistant" else "\n\n")
-        for m in row.messages[:-1]
-    )
-    return "".join(turns) + "<|assistant|>\n"
 
 
 def _before_answer(row: Row, tokenizer) -> str:

@@ -120,20 +120,31 @@ def sensitivity(model, batches: Iterable[Mapping[str, torch.Tensor]]) -> dict[st
     batches = list(batches)
     device = getattr(model, "device", torch.device("cpu"))
     stream = StreamedModel(Checkpoint.open(model), device=device)
-    blocks, found = stream.anatomy.blocks, {}
+    samples = [s for number, batch in enumerate(batches) for s in _samples(number, batch)]
+    size = max((len(batch["input_ids"]) for batch in batches), default=1)
+    return every_score(stream, stream.batches(samples, size), show=False)
+
+
+def every_score(
+    model: StreamedModel,
+    batches: list[Batch],
+    allotment: Allotment | None = None,
+    *,
+    show: bool = True,
+) -> dict[str, torch.Tensor]:
+    """What `sensitivity` returns, of micro-batches; arguments and errors as in `Pass`."""
+    found: dict[str, torch.Tensor] = {}
 
     def keep(block: BlockScores) -> None:
-        path = blocks[block.index]
+        path = model.anatomy.blocks[block.index]
         found.update({f"{path}.{name}": score for name, score in block.scores.items()})
 
-    samples = [s for number, batch in enumerate(batches) for s in _samples(number, batch)]
-    scorer = BlockScorer(stream, keep)
-    size = max((len(batch["input_ids"]) for batch in batches), default=1)
-    with Pass(stream, stream.batches(samples, size), scorer, keep_rows=True, show=False) as run:
+    scorer = BlockScorer(model, keep)
+    with Pass(model, batches, scorer, allotment=allotment, keep_rows=True, show=show) as run:
         run.run()
         found.update(scorer.last)
         score_outer(run, full=found)
-    return {name: found[name] for name in dict(stream.model.named_parameters())}
+    return {name: found[name] for name in dict(model.model.named_parameters())}
 
 
 def _samples(number: int, batch: Mapping[str, torch.Tensor]) -> list[Sample]:
