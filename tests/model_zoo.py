@@ -11,6 +11,8 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from pkt_ext.models.versions import DTYPE
+
 VOCAB = 264  # the tokenizer's 259 tokens and a few unused rows, as real checkpoints have
 TEACHER = dict(layers=3, hidden=48, ffn=80, heads=4, seed=1)
 STUDENT = dict(layers=2, hidden=32, ffn=48, heads=4, seed=2)
@@ -74,35 +76,37 @@ def _opt(s: dict) -> dict:
 
 
 # name -> (configuration class, sizes -> arguments, fixed arguments)
-FAMILIES = {
-    "llama": (hf.LlamaConfig, _mha, {}),
-    "llama_gqa": (hf.LlamaConfig, _gqa, {}),
-    "llama_tied": (hf.LlamaConfig, _mha, dict(tie_word_embeddings=True)),
-    "llama_bias": (hf.LlamaConfig, _gqa, dict(attention_bias=True, mlp_bias=True)),
-    "llama_wide_heads": (hf.LlamaConfig, _wide, {}),
-    "mistral": (hf.MistralConfig, _gqa, dict(sliding_window=4)),
-    "qwen2": (hf.Qwen2Config, _gqa, {}),
-    "qwen2_tied": (hf.Qwen2Config, _gqa, dict(tie_word_embeddings=True)),
-    "qwen3": (hf.Qwen3Config, _wide, dict(tie_word_embeddings=True)),
+_ALL = {
+    "llama": ("LlamaConfig", _mha, {}),
+    "llama_gqa": ("LlamaConfig", _gqa, {}),
+    "llama_tied": ("LlamaConfig", _mha, dict(tie_word_embeddings=True)),
+    "llama_bias": ("LlamaConfig", _gqa, dict(attention_bias=True, mlp_bias=True)),
+    "llama_wide_heads": ("LlamaConfig", _wide, {}),
+    "mistral": ("MistralConfig", _gqa, dict(sliding_window=4)),
+    "qwen2": ("Qwen2Config", _gqa, {}),
+    "qwen2_tied": ("Qwen2Config", _gqa, dict(tie_word_embeddings=True)),
+    "qwen3": ("Qwen3Config", _wide, dict(tie_word_embeddings=True)),
     "gemma2": (
-        hf.Gemma2Config,
+        "Gemma2Config",
         lambda s: _wide(s) | _layer_types(s),
         dict(query_pre_attn_scalar=12, final_logit_softcapping=5.0, attn_logit_softcapping=4.0),
     ),
     "gemma3": (
-        hf.Gemma3TextConfig,
+        "Gemma3TextConfig",
         lambda s: _wide(s) | _layer_types(s),
         dict(query_pre_attn_scalar=12),
     ),
-    "olmo2": (hf.Olmo2Config, _gqa, {}),
-    "gpt_neox": (hf.GPTNeoXConfig, _common, {}),
-    "gpt_neox_sequential": (hf.GPTNeoXConfig, _common, dict(use_parallel_residual=False)),
-    "gpt2": (hf.GPT2Config, _gpt2, {}),
-    "opt": (hf.OPTConfig, _opt, {}),
-    "opt_post_norm": (hf.OPTConfig, _opt, dict(do_layer_norm_before=False)),
-    "phi3": (hf.Phi3Config, _mha, {}),
-    "phi3_gqa": (hf.Phi3Config, _gqa, dict(sliding_window=4)),
+    "olmo2": ("Olmo2Config", _gqa, {}),
+    "gpt_neox": ("GPTNeoXConfig", _common, {}),
+    "gpt_neox_sequential": ("GPTNeoXConfig", _common, dict(use_parallel_residual=False)),
+    "gpt2": ("GPT2Config", _gpt2, {}),
+    "opt": ("OPTConfig", _opt, {}),
+    "opt_post_norm": ("OPTConfig", _opt, dict(do_layer_norm_before=False)),
+    "phi3": ("Phi3Config", _mha, {}),
+    "phi3_gqa": ("Phi3Config", _gqa, dict(sliding_window=4)),
 }
+# old versions of transformers lack the newest
+FAMILIES = {name: family for name, family in _ALL.items() if hasattr(hf, family[0])}
 TIED = tuple(
     n
     for n in FAMILIES
@@ -126,7 +130,7 @@ def config(
     cls, arguments, fixed = FAMILIES[family]
     sizes = dict(layers=layers, hidden=hidden, ffn=ffn, heads=heads, kv_heads=kv_heads, vocab=vocab)
     ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    return cls(**(arguments(sizes) | ids | fixed | overrides))
+    return getattr(hf, cls)(**(arguments(sizes) | ids | fixed | overrides))
 
 
 def randomize(model, seed: int = 0):
@@ -149,7 +153,8 @@ def randomize(model, seed: int = 0):
 def build(family: str, *, seed: int = 0, **sizes):
     """A random causal LM of `family` in float32 and eval mode. Equal arguments, equal weights."""
     with torch.random.fork_rng(devices=[]):
-        model = hf.AutoModelForCausalLM.from_config(config(family, **sizes), dtype=torch.float32)
+        settings = config(family, **sizes)
+        model = hf.AutoModelForCausalLM.from_config(settings, **{DTYPE: torch.float32})
     return randomize(model, seed).eval()
 
 

@@ -13,7 +13,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-_OLD = int(transformers.__version__.partition(".")[0]) < 5
+BEFORE_5 = int(transformers.__version__.partition(".")[0]) < 5
+DTYPE = "torch_dtype" if BEFORE_5 else "dtype"  # what `from_config` and `from_pretrained` call it
 
 
 def from_config(auto, config, dtype: torch.dtype) -> PreTrainedModel:
@@ -22,7 +23,7 @@ def from_config(auto, config, dtype: torch.dtype) -> PreTrainedModel:
     config._attn_implementation = None  # not that of a loaded model
     # 4.46 chooses once: the configuration of a loaded model would end with eager attention
     vars(config).pop("_attn_implementation_autoset", None)
-    return auto.from_config(config, **{"torch_dtype" if _OLD else "dtype": dtype})
+    return auto.from_config(config, **{DTYPE: dtype})
 
 
 def dtype_of(config) -> torch.dtype | str | None:
@@ -44,7 +45,7 @@ def long_rope(config) -> int | None:
 
 def as_block_output(result: object) -> object:
     """What stands for a block returns, as models want it: up to 4.46 a tuple, the states first."""
-    return (result,) if _OLD and isinstance(result, torch.Tensor) else result
+    return (result,) if BEFORE_5 and isinstance(result, torch.Tensor) else result
 
 
 def key_renamer(
@@ -59,7 +60,7 @@ def key_renamer(
         key -> (name, what converts the layout or None); the name may be unknown.
     """
     prefix = model.base_model_prefix
-    if _OLD:  # the base model's prefix is added or left out, nothing else
+    if BEFORE_5:  # the base model's prefix is added or left out, nothing else
 
         def rename(key: str) -> tuple[str, object]:
             names = key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}"
