@@ -77,7 +77,9 @@ def render(row: Row, tokenizer, form: str, stage: str) -> Rendered:
     if form == "plain":
         prompt = "".join(m["content"] for m in row.messages[:-1])
         return Rendered(prompt + answer, prompt, form)
-    prompt = published_prompt(row.messages, tokenizer.eos_token if stage == "extract" else "\n\n")
+    prompt = published_prompt(
+        row.messages[:-1], tokenizer.eos_token if stage == "extract" else "\n\n"
+    )
     closing = "" if stage == "extract" else "\n\n"
     return Rendered(prompt + answer.strip() + closing, prompt, form)
 
@@ -103,7 +105,7 @@ def answer_start(row: Row, rendered: Rendered, tokenizer) -> int | None:
 def up_to(answer: str, row: Row, tokenizer, form: str) -> str:
     """The row's text up to the end of `answer`, which takes the last message's place."""
     if form == "published":
-        return published_prompt(row.messages, "\n\n") + answer
+        return published_prompt(row.messages[:-1], "\n\n") + answer
     if form == "plain":
         return "".join(m["content"] for m in row.messages[:-1]) + answer
     return _before_answer(row, tokenizer) + answer
@@ -118,9 +120,9 @@ def published_turns(messages: Sequence[Mapping[str, str]], closing: str) -> str:
     )
 
 
-def published_prompt(messages: Sequence[Mapping[str, str]], closing: str) -> str:
-    """What asks for the last turn, an answer."""
-    return published_turns(messages[:-1], closing) + "<|assistant|>\n"
+def published_prompt(earlier: Sequence[Mapping[str, str]], closing: str) -> str:
+    """What asks for an answer to these turns."""
+    return published_turns(earlier, closing) + "<|assistant|>\n"
 
 
 def token_ids(tokenizer, text: str, special: bool = True) -> list[int]:
