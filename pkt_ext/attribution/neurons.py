@@ -124,8 +124,8 @@ def locate(
         ffn_neurons:       likewise of its FFN.
         mode:              "top" (exact, only those that can be among the best are evaluated), "all"
                            or "first-order"; see `ops.neuron_log_prob_gain`.
-        compat:            "published": the released ranking, of Llama's kind of model in float16;
-                           slow, as that is. Equal scores abound: the lower index goes first.
+        compat:            "published": the released ranking, of Llama's kind of model in float16.
+                           Equal scores abound: the lower index goes first.
         allotment:         how memory is shared out; `resident` does not count. While neurons are
                            scored the whole head is resident.
         on_report:         given what the pass has cost.

@@ -23,10 +23,10 @@ from torch.nn.functional import linear
 from pkt_ext.ops._lens import Lens, base_of, first_order
 from pkt_ext.ops._neuron_corrections import Corrections
 from pkt_ext.ops._workers import spans
+from pkt_ext.ops.published_lens import PublishedLens, four_decimals
 
 MODES = ("all", "top", "first-order")
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_PUBLISHED_ROWS = 64  # neurons whose half-precision logits are in memory at a time
 
 
 class NeuronGains(NamedTuple):
@@ -98,7 +98,8 @@ def neuron_log_prob_gain(
                    `published_scale` gives, of which the square root divides; lens input and logits
                    are rounded to float16, softmax, logarithm and difference are float16, the
                    difference is rounded to 4 decimals. Ties, which abound, come lowest index
-                   first, where the released code's order is arbitrary. Slow, as that is.
+                   first, where the released code's order is arbitrary. See `published_lens` for
+                   what stands in for half products on a CPU.
     Raises:
         ValueError: shapes or devices differ, a target that is no token, a scale that is not
             positive, an unknown mode or k, options that the published code does not have, or a NaN
@@ -229,27 +230,12 @@ def _published(
     scale: torch.Tensor,
     targets: torch.Tensor,
 ) -> torch.Tensor:
-    """The released arithmetic, a few neurons at a time."""
-
-    def log_prob(rows: torch.Tensor, root: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        rows = lens.through_norm(rows * root).to(torch.float16)
-        return linear(rows, lens.head).softmax(-1)[..., target].log()
-
-    scores = torch.empty(contributions.shape, dtype=torch.float32, device=contributions.device)
+    """The released arithmetic, sample by sample."""
+    published = PublishedLens(lens.head, lens.gain)
     roots = torch.rsqrt(scale.float() + 1e-6)
-    samples = zip(contributions.float(), residual.float(), roots, targets, strict=True)
-    for row, (m, x, root, target) in zip(scores, samples, strict=True):
-        before = log_prob(x, root, target)
-        for part in spans(len(m), _PUBLISHED_ROWS):
-            added = (m[part] * lens.vectors[:, part]).T + x
-            row[part] = log_prob(added, root, target) - before
-    return _four_decimals(scores)
-
-
-def _four_decimals(scores: torch.Tensor) -> torch.Tensor:
-    """Python's round(score, 4): correct in decimal, halves to even."""
-    rounded = [round(score, 4) for score in scores.flatten().tolist()]
-    return torch.tensor(rounded, dtype=torch.float32, device=scores.device).view(scores.shape)
+    samples = zip(contributions.float(), residual.float(), roots, targets.tolist(), strict=True)
+    gains = [published.gains(m, lens.vectors, x, root, y) for m, x, root, y in samples]
+    return four_decimals(torch.stack(gains))
 
 
 # --- checks ---------------------------------------------------------------------------------------

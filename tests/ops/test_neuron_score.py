@@ -14,8 +14,6 @@ from pkt_ext.ops import (
     neuron_log_prob_gain_reference,
     published_scale,
 )
-from pkt_ext.ops._lens import Lens
-from pkt_ext.ops.neuron_score import _published
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -477,12 +475,11 @@ def test_published_order_within_ties():
 
 def test_published_scores_do_not_depend_on_the_tile(monkeypatch):
     operands, options = published_problem()
-    lens = Lens(operands["vectors"], operands["head"], options["gain"], False, None)
-    rest = (operands["residual"], operands["scale"], operands["targets"])
     found = []
     for rows in (7, 64, 1000):
-        monkeypatch.setattr("pkt_ext.ops.neuron_score._PUBLISHED_ROWS", rows)
-        found.append(_published(operands["contributions"], lens, *rest))
+        monkeypatch.setattr("pkt_ext.ops.published_lens._LOGITS", {"cpu": 400 * rows})
+        gains = neuron_log_prob_gain(**operands, **options, compat="published")
+        found.append(gains.scores)
     assert found[0].equal(found[1]) and found[0].equal(found[2])
 
 
