@@ -3,9 +3,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LEGACY := .venv-legacy
 NATIVE := CMakeLists.txt setup.py $(shell find csrc -type f)
 
-.PHONY: demo test build emulation lint cuda-check install-check bench clean
+.PHONY: demo test test-legacy build emulation lint cuda-check install-check bench clean
 
 demo: build
 	$(BIN)/pkt demo
@@ -13,6 +14,18 @@ demo: build
 test: build emulation
 	$(BIN)/python -m pytest
 	$(BIN)/python tests/emulation/sanitized.py
+
+# pkt_ext.compat as the published scripts' own pins have it. Nothing of ours is installed there: the
+# module in the tree is free of torch and serves any environment of the same Python.
+test-legacy: build $(LEGACY)/installed
+	PYTHONPATH=$(CURDIR) $(LEGACY)/bin/python -m pytest tests/compat
+
+$(LEGACY)/installed: constraints-legacy.txt | $(VENV)/installed
+	test -x $(LEGACY)/bin/python || $(BIN)/python -m venv $(LEGACY)
+	$(LEGACY)/bin/python -m pip install --quiet -c constraints-legacy.txt torch
+	$(LEGACY)/bin/python -m pip install --quiet -c constraints-legacy.txt \
+	  transformers datasets peft accelerate fire matplotlib scipy sentencepiece typer pytest
+	touch $@
 
 build: $(VENV)/built
 
@@ -57,4 +70,4 @@ bench: build
 	$(BIN)/pkt bench
 
 clean:
-	rm -rf build $(VENV) pkt_ext/*.so *.egg-info
+	rm -rf build $(VENV) $(LEGACY) pkt_ext/*.so *.egg-info
