@@ -7,5 +7,6 @@ Importing this package loads no torch.
 """
 
 from pkt_ext.compat.notices import PublishedBehaviour
+from pkt_ext.compat.replacement import patched
 
-__all__ = ["PublishedBehaviour"]
+__all__ = ["PublishedBehaviour", "patched"]

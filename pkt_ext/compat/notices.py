@@ -14,6 +14,13 @@ class PublishedBehaviour(UserWarning):
 
 
 _given: set[str] = set()
+_as_lines = False
+
+
+def in_lines() -> None:
+    """From now on `once` prints lines: for a process of our own that runs somebody's script."""
+    global _as_lines
+    _as_lines = True
 
 
 def once(key: str, message: str) -> None:
@@ -25,9 +32,11 @@ def once(key: str, message: str) -> None:
     """
     if key in _given:
         return
-    # after the warning: a filter that turns it into an error is obeyed each time
-    warnings.warn(message, PublishedBehaviour, stacklevel=3)
-    _given.add(key)
+    if _as_lines:
+        say(message)
+    else:
+        warnings.warn(message, PublishedBehaviour, stacklevel=3)
+    _given.add(key)  # only now: a filter that makes errors of warnings is obeyed every time
 
 
 def say(message: str) -> None:

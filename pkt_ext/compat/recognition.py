@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from importlib import import_module
+from types import ModuleType
 
 # ParaKnowTransfer, extract_lora_with_sensitivity.py: module functions.
 FUNCTIONS = {
@@ -22,6 +23,9 @@ FUNCTIONS = {
     "resize_params": ("params", "sens", "tgt_x", "tgt_y"),
     "svd": ("mat", "r"),
 }
+
+# Those of ours without a `fix`: right as published.
+NOTHING_TO_FIX = {"compute_summed_area_table", "sum_submatrix"}
 
 _SCORED = ("self", "prompts", "ground_truths", "layer_idxs", "student_dim", "top")
 
@@ -45,22 +49,24 @@ METHODS = {
 
 # Replaced only under fix=True: as published it refuses every model_type but its own three.
 CONSTRUCTORS = {
-    "KnowledgeNeurons": (
-        *("self", "model", "tokenizer", "model_type", "device", "is_teacher"),
-        *("FFN_MODUELS", "ATTN_MODUELS"),
-    ),
+    "KnowledgeNeurons": {
+        "__init__": (
+            *("self", "model", "tokenizer", "model_type", "device", "is_teacher"),
+            *("FFN_MODUELS", "ATTN_MODUELS"),
+        )
+    }
 }
 
 NAMES = frozenset(FUNCTIONS) | frozenset(METHODS)
 
 
-def our_function(name: str) -> Callable:
-    """Our function of the published name, with its module loaded."""
-    return getattr(import_module("pkt_ext.compat.paraknowtransfer"), name)
+def our_functions() -> ModuleType:
+    """The module of our functions, loaded."""
+    return import_module("pkt_ext.compat.paraknowtransfer")
 
 
 def our_method(cls: str, name: str) -> Callable:
-    """Our method as a plain function, for a `self` of any class."""
+    """Our method as a plain function, for a `self` of any class; its module is loaded."""
     ours = getattr(import_module("pkt_ext.compat.neural_incompatibility"), cls)
     return inspect.getattr_static(ours, name)
 
