@@ -74,14 +74,16 @@ def our_method(cls: str, name: str) -> Callable:
 def difference(value: object, parameters: tuple[str, ...]) -> str | None:
     """Why `value` is not the published function of these parameters; None where it is."""
     if not inspect.isfunction(value):
-        return f"a {type(value).__name__}, not a function"
-    plain = inspect.unwrap(value)
+        return f"an object of {type(value).__name__}, not a function"
+    try:
+        plain = inspect.unwrap(value)
+        found = inspect.signature(value).parameters
+    except (TypeError, ValueError):
+        plain = None
+    if not inspect.isfunction(plain):
+        return "a function whose decorators hide its parameters"
     if any(test(plain) for test in _SUSPENDED):
         return "a generator or a coroutine"
-    try:
-        found = inspect.signature(value).parameters
-    except (TypeError, ValueError):  # a decorator set a __signature__ that is none
-        return "a function without a signature"
     ordinary = all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in found.values())
     if tuple(found) == parameters and ordinary:
         return None

@@ -87,7 +87,7 @@ class Replacer:
         put: Callable[[object], None],
         quiet: bool = False,
     ) -> None:
-        made_with = getattr(value, _MARK, None)
+        made_with = vars(value).get(_MARK) if inspect.isfunction(value) else None
         if made_with == self.fix:
             self.recognised = True
             return

@@ -30,8 +30,11 @@ def compile_watched(source: bytes, path: str) -> CodeType:
     Raises:
         SyntaxError, ValueError: as `compile` raises them for the source itself.
     """
-    tree = compile(source, path, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
-    return compile(_Reporting().visit(tree), path, "exec", dont_inherit=True)
+    try:
+        tree = compile(source, path, "exec", ast.PyCF_ONLY_AST, dont_inherit=True)
+        return compile(_Reporting().visit(tree), path, "exec", dont_inherit=True)
+    except RecursionError:  # Python compiles deeper expressions than it shows; it reports nothing
+        return compile(source, path, "exec", dont_inherit=True)
 
 
 class _Reporting(ast.NodeTransformer):
@@ -39,6 +42,10 @@ class _Reporting(ast.NodeTransformer):
 
     Bodies of functions and classes are not entered: what they define is no module's function.
     """
+
+    def generic_visit(self, node):
+        # no statement stands in an expression, and expressions can be deep
+        return node if isinstance(node, ast.expr) else super().generic_visit(node)
 
     def visit_FunctionDef(self, node):
         return [node, *_reports(node, [node.name])]

@@ -218,6 +218,42 @@ def test_names_imported_from_elsewhere_are_replaced_where_they_are_published(our
     assert capsys.readouterr().err == ""
 
 
+def test_values_that_look_like_anything_are_left_alone(ours, capsys):
+    script = module("""
+        import functools
+        from unittest.mock import MagicMock
+
+        svd = MagicMock()
+        resize_params = functools.partial(print)
+
+        def sum_submatrix(sum_area_table, top_left, bottom_right):
+            pass
+
+        sum_submatrix.__wrapped__ = sum_submatrix
+
+        @functools.wraps(resize_params)
+        def max_sens_submatrix(sens, tgt_x, tgt_y):
+            pass
+
+        class Answering:
+            def __getattr__(self, name):
+                raise KeyError(name)
+
+        select_top_k_layers = KnowledgeNeurons = Answering()
+
+        class Knowledge_translator:
+            forward = staticmethod(svd)
+    """)
+    before = dict(vars(script))
+    with pytest.warns(UserWarning, match="recognised nothing"), patched(script) as replaced:
+        assert dict(vars(script)) == before and replaced == []
+    said = capsys.readouterr().err
+    assert (
+        "left alone: published.select_top_k_layers, an object of Answering, not a function" in said
+    )
+    assert "sum_submatrix, a function whose decorators hide its parameters" in said
+
+
 def test_a_module_without_anything_published_is_warned_about(ours):
     with pytest.warns(UserWarning, match="recognised nothing in user") as caught:
         with patched(module("def svd(mat, rank):\n    pass\n", "user")) as replaced:

@@ -78,6 +78,7 @@ RAISING = {
     "a module's syntax": "import unreadable\n",
     "its own syntax": "print('never')\nvalue = = 3\n",
     "its indentation": "if True:\nprint('never')\n",
+    "a wrong call": "def svd(mat, r):\n    return 1\nsvd(1)\n",
     "an excepthook": """
         import sys
         sys.excepthook = lambda kind, error, trace: print(kind, error, trace.tb_lineno)
@@ -140,6 +141,14 @@ def test_sources_are_read_as_python_reads_them(tmp_path, case):
     assert (done.returncode, lines) == (0, ["replaced: __main__.svd"])
     done, lines = same_as_plain(tmp_path, "imports.py")
     assert (done.returncode, lines) == (0, ["replaced: script.svd"])
+
+
+def test_an_expression_too_deep_for_a_tree_runs_as_it_is(tmp_path):
+    deep = "+".join(["1"] * 2000)
+    write(tmp_path, {"script.py": f"def svd(mat, r):\n    return 1\nprint({deep})\n"})
+    done, lines = same_as_plain(tmp_path, "script.py")
+    assert done.stdout == "2000\n"
+    assert lines == ["nothing was recognised: the script ran as it is"]
 
 
 def test_a_script_without_a_script(tmp_path):
@@ -242,8 +251,8 @@ def test_what_is_not_recognised_is_left_alone_and_named(tmp_path):
         "svd, its parameters are (mat, rank), published (mat, r)",
         "resize_params, its parameters are (*params, sens, tgt_x, tgt_y), "
         "published (params, sens, tgt_x, tgt_y)",
-        "sum_submatrix, a type, not a function",
-        "compute_summed_area_table, a int, not a function",
+        "sum_submatrix, an object of type, not a function",
+        "compute_summed_area_table, an object of int, not a function",
         "max_sens_submatrix, a generator or a coroutine",
         "select_top_k_layers, a generator or a coroutine",
         "calculate_sensitivity, its parameters are (*args), "
