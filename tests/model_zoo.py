@@ -7,6 +7,7 @@ Every parameter is random, norm gains and biases included: a test that forgets o
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import transformers as hf
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -105,7 +106,7 @@ _ALL = {
     "phi3": ("Phi3Config", _mha, {}),
     "phi3_gqa": ("Phi3Config", _gqa, dict(sliding_window=4)),
 }
-# old versions of transformers lack the newest
+# transformers 4.46 (`make test-legacy`) has not got them all
 FAMILIES = {name: family for name, family in _ALL.items() if hasattr(hf, family[0])}
 TIED = tuple(
     n
@@ -127,6 +128,8 @@ def config(
     **overrides,
 ):
     """The family's configuration at these sizes; `overrides` are the configuration's own names."""
+    if family in _ALL.keys() - FAMILIES.keys():
+        pytest.skip(f"transformers {hf.__version__} has no {family}")
     cls, arguments, fixed = FAMILIES[family]
     sizes = dict(layers=layers, hidden=hidden, ffn=ffn, heads=heads, kv_heads=kv_heads, vocab=vocab)
     ids = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)

@@ -398,8 +398,7 @@ class Published:
 @pytest.mark.parametrize("family", ["llama", "llama_gqa"])
 def test_published_ranking(family, tmp_path):
     """Scores within a step of float16, whose log-probabilities near -5 are 2^-8 apart."""
-    model = zoo.build(family, layers=3).half()
-    model.set_attn_implementation("eager")
+    model = zoo.build(family, layers=3, attn_implementation="eager").half()
     (sample,) = rows((11,))
     (found,) = run(
         zoo.save(model, tmp_path),
