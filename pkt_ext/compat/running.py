@@ -94,7 +94,8 @@ class _Run:
     def _defined(self, namespace: dict, name: str) -> None:
         """What watched code calls, when it has defined `name` or is about to begin its work."""
         if name == READY:
-            self._warn_if_nothing("nothing recognised so far: the script runs as it is")
+            if namespace["__name__"] == "__main__":  # an imported module begins none
+                self._warn_if_nothing("nothing recognised so far: the script runs as it is")
             return
         known = len(self._replacer.replaced)
         self._replacer.look_at(namespace, name)

@@ -313,6 +313,7 @@ PACKAGE = {
             return decorator
     """,
     "late.py": "def svd(mat, r):\n    return 1\n",
+    "early.py": "def resize(params):\n    return svd\nif __name__ == '__main__':\n    resize(1)\n",
     "site-packages/installed.py": "def svd(mat, r):\n    return 1\n",
 }
 
@@ -322,6 +323,7 @@ def test_modules_of_the_script_are_replaced_as_they_are_imported(tmp_path):
         import importlib
         import pickle
         import sys
+        import early
         from knowledge_neurons import KnowledgeNeurons
 
         def ours(function):
