@@ -11,6 +11,7 @@ with a score first takes the scores of all parameters, in a pass of its own.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class Ledger:
         device = getattr(model, "device", torch.device("cpu"))
         self.stream = StreamedModel(Checkpoint.open(model), device=device)
         self.names = [n for n, p in model.named_parameters() if p.requires_grad]
+        self._sparing = False
         self._samples: list[Sample] = []
         self._states: list[list[tuple]] = []  # by row, of the weights
         self._searched: tuple[Rows, Found] = (), Found()
@@ -73,6 +75,18 @@ class Ledger:
             self._samples.append(sample)
             self._states.append(self._state())
         return {name: DeferredScore(self, name, rows) for name in self.names}
+
+    def spare_collections(self) -> None:
+        """Make `gc.collect()` cheap for as long as the ledger lives.
+
+        The published loop calls it after every row, and each time it would go through all the
+        objects of torch and transformers. What is there by now is exempt until the ledger goes.
+        """
+        if not self._sparing:
+            self._sparing = True
+            gc.collect()
+            gc.freeze()
+            weakref.finalize(self, gc.unfreeze)
 
     def search(self, rows: Rows, sizes: Mapping[str, Shape]) -> Found:
         """Totals of all parameters of blocks, and the best windows of those in `sizes`.

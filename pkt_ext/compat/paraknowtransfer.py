@@ -257,7 +257,9 @@ def calculate_sensitivity(
     model.zero_grad()
     sample = _sample(ledger, tokenizer, data, loss_on_output, fix)
     scores: dict[str, torch.Tensor] = ledger.add(sample)
-    if not defer:
+    if defer:
+        ledger.spare_collections()
+    else:
         scores = {name: score.value() for name, score in scores.items()}
     if ledger.stream.anatomy.tied:
         head = f"{ledger.stream.anatomy.head}.weight"
