@@ -36,10 +36,11 @@ def give_float32(model_class: type, when: Callable[[], bool] = lambda: True) -> 
         What puts the method back.
     """
     import torch
-    import transformers
+
+    from pkt_ext.models.versions import BEFORE_5
 
     original = vars(model_class)["from_pretrained"]
-    if int(transformers.__version__.split(".")[0]) < 5:
+    if BEFORE_5:
         return lambda: None  # float32 is its default
 
     @functools.wraps(original.__func__)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Container
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BEFORE_5 = int(transformers.__version__.partition(".")[0]) < 5
 DTYPE = "torch_dtype" if BEFORE_5 else "dtype"  # what `from_config` and `from_pretrained` call it
