@@ -59,24 +59,28 @@ class Replacer:
         if name in FUNCTIONS:
             put = functools.partial(namespace.__setitem__, name)
             make = functools.partial(_function_of_ours, name, self.fix)
-            self._replace(label, value, FUNCTIONS[name], make, put, quiet)
+            self.recognised |= self._replace(label, value, FUNCTIONS[name], make, put, quiet)
         elif isinstance(value, type) and not METHODS[name].keys().isdisjoint(vars(value)):
-            self._look_into(value, name, label)
+            self.recognised |= self._look_into(value, name, label)
         elif not quiet:
             notices.say(f"left alone: {label}, without a published method of its own")
 
-    def _look_into(self, cls: type, name: str, label: str) -> None:
+    def _look_into(self, cls: type, name: str, label: str) -> bool:
+        """Replace a class's methods; whether any is ours now."""
         methods = METHODS[name]
         if self.fix:
             methods = methods | CONSTRUCTORS.get(name, {})
+        recognised = False
         for method in [method for method in methods if method in vars(cls)]:
             put = functools.partial(setattr, cls, method)
             make = functools.partial(_method_of_ours, name, method)
-            self._replace(f"{label}.{method}", vars(cls)[method], methods[method], make, put)
-        if getattr(cls, "fix", False) != self.fix:  # what our methods read
+            value, parameters = vars(cls)[method], methods[method]
+            recognised |= self._replace(f"{label}.{method}", value, parameters, make, put)
+        if recognised and getattr(cls, "fix", False) != self.fix:  # what our methods read
             undo = (setattr, cls, "fix", cls.fix) if "fix" in vars(cls) else (delattr, cls, "fix")
             self._undo.callback(*undo)
             cls.fix = self.fix
+        return recognised
 
     def _replace(
         self,
@@ -86,23 +90,23 @@ class Replacer:
         make: Callable[[Callable], Callable],
         put: Callable[[object], None],
         quiet: bool = False,
-    ) -> None:
+    ) -> bool:
+        """Put what `make` makes of a published function in its place; whether it is ours now."""
         made_with = vars(value).get(_MARK) if inspect.isfunction(value) else None
         if made_with == self.fix:
-            self.recognised = True
-            return
+            return True
         original = value if made_with is None else value.__wrapped__
         reason = difference(original, parameters)
         if reason is not None:
             if not quiet:
                 notices.say(f"left alone: {label}, {reason}")
-            return
+            return False
         replacement = _called_like(original, make(original))
         setattr(replacement, _MARK, self.fix)
         self._undo.callback(put, value)
         put(replacement)
         self.replaced.append(label)
-        self.recognised = True
+        return True
 
 
 @contextmanager

@@ -83,10 +83,7 @@ class _Run:
             exec(code, vars(module))
         except ImportError as error:
             if error.name == "peft" and "prepare_model_for_int8_training" in str(error):
-                notices.say(
-                    "peft has dropped this; `pkt finetune` replaces the script, see "
-                    "docs/migrating.md"
-                )
+                notices.say("`pkt finetune` replaces this script, see docs/migrating.md")
             raise
         finally:
             self._warn_if_nothing("nothing was recognised: the script ran as it is")

@@ -177,6 +177,16 @@ def test_fix_reaches_functions_and_classes(ours):
     assert not hasattr(script.Knowledge_translator, "fix")
 
 
+def test_a_class_without_anything_recognised_gets_no_fix(ours):
+    script = module("""
+        class KnowledgeNeurons:
+            def knowledge_injection(self, deltas):
+                return "own injection"
+    """)
+    with pytest.warns(UserWarning, match="recognised nothing"), patched(script, fix=True):
+        assert not hasattr(script.KnowledgeNeurons, "fix")
+
+
 def test_patched_twice_changes_nothing_more_and_restores_in_turn(ours):
     script = module(SEEKING + CLASSES)
     own = dict(vars(script))
