@@ -144,17 +144,20 @@ def patched(module: ModuleType, *, fix: bool = False) -> Iterator[list[str]]:
 def _called_like(original: Callable, ours: Callable) -> Callable:
     """`ours`, called as `original` is: with its defaults, and its errors for wrong arguments."""
     signature = inspect.signature(original)
+    count = len(signature.parameters)
 
     @functools.wraps(original)
     def replacement(*args, **kwargs):
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError:
-            bound = None
-        if bound is None:
-            return original(*args, **kwargs)
-        bound.apply_defaults()
-        return ours(*bound.args)
+        if kwargs or len(args) != count:  # else nothing to bind, which would slow long loops
+            try:
+                bound = signature.bind(*args, **kwargs)
+            except TypeError:
+                bound = None
+            if bound is None:
+                return original(*args, **kwargs)
+            bound.apply_defaults()
+            args = bound.args
+        return ours(*args)
 
     return replacement
 
