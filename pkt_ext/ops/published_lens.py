@@ -72,6 +72,8 @@ class PublishedLens:
         residual: torch.Tensor,
         root: torch.Tensor,
         target: int,
+        *,
+        before: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """log p(target | x + m_i v_i) - log p(target | x) of a block's neurons: float16 [n].
 
@@ -80,9 +82,10 @@ class PublishedLens:
             vectors:       [d, n] float16.
             residual:      [d] float32 x.
             root:          see `inputs`.
+            before:        the log-probability without a neuron, if it is known.
         """
-        base = self.inputs(residual, root)
-        before, count = self.log_probs(base, target), len(contributions)
+        base, count = self.inputs(residual, root), len(contributions)
+        before = self.log_probs(base, target) if before is None else before
         found = before.expand(count).clone()
         size = max(1, _LOGITS.get(self.head.device.type, 2**25) // len(self.head))
         for part in spans(count, max(size, 1024)):
