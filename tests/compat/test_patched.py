@@ -283,3 +283,18 @@ def test_our_functions_take_what_is_published(name):
     assert ("fix" in extras) == (name not in recognition.NOTHING_TO_FIX)
     assert ("sizes" in extras) == (name == "select_top_k_layers")
     assert ("defer" in extras) == (name == "calculate_sensitivity")
+
+
+METHODS_OF_OURS = [
+    (cls, name, parameters)
+    for table in (recognition.METHODS, recognition.CONSTRUCTORS)
+    for cls, methods in table.items()
+    for name, parameters in methods.items()
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "parameters"), METHODS_OF_OURS)
+def test_our_methods_take_what_is_published(cls, name, parameters):
+    found = inspect.signature(recognition.our_method(cls, name)).parameters.values()
+    assert tuple(p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD) == parameters
+    assert {p.name for p in found if p.kind is not p.POSITIONAL_OR_KEYWORD} <= {"fix"}
