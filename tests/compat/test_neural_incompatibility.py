@@ -75,7 +75,7 @@ def check(ours, truth, what, texts, blocks, count, *, top=True):
             [n for _, n in some[i * count : (i + 1) * count]] for some in (found, same)
         )
         off = (scores[block][chosen] - scores[block][expected]).abs()
-        assert off.max() <= STEP and (off == 0).float().mean() >= 0.8
+        assert off.max() <= STEP
         if scorer.scores(seen, "down" if what == "ffn" else "o", block).equal(scores[block]):
             assert chosen == expected
             exact += 1
