@@ -52,6 +52,8 @@ class Ledger:
 
     def __init__(self, model):
         self.model = model
+        if len({p.device for p in model.parameters()}) > 1:
+            raise InputError("the model is spread over several devices")
         device = getattr(model, "device", torch.device("cpu"))
         self.stream = StreamedModel(Checkpoint.open(model), device=device)
         self.names = [n for n, p in model.named_parameters() if p.requires_grad]

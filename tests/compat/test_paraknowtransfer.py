@@ -325,8 +325,12 @@ def test_half_precision_is_said(tokens, told):
 
 
 def test_models_that_cannot_be_scored(tokens):
-    with pytest.raises(ours.NotSupported):
+    with pytest.raises(ours.NotSupported, match="got Linear"):
         ours.calculate_sensitivity(torch.nn.Linear(2, 2), tokens, ROWS[0])
+    spread = model_zoo.build("llama", layers=1)
+    spread.lm_head.to("meta")
+    with pytest.raises(ours.NotSupported, match="several devices"):
+        ours.calculate_sensitivity(spread, tokens, ROWS[0])
 
 
 def test_nan_gradients_are_an_error_by_name(tokens):
