@@ -21,7 +21,7 @@ test: build emulation
 test-legacy: build $(LEGACY)/installed
 	PYTHONPATH=$(CURDIR) $(LEGACY)/bin/python -m pytest tests/compat \
 	  tests/attribution/test_sensitivity.py tests/attribution/test_neurons.py \
-	  tests/models/test_residual_flow.py
+	  tests/models/test_residual_flow.py tests/models/test_versions.py
 
 $(LEGACY)/installed: constraints-legacy.txt | $(VENV)/installed
 	test -x $(LEGACY)/bin/python || $(BIN)/python -m venv $(LEGACY)
