@@ -27,7 +27,8 @@ $(LEGACY)/installed: constraints-legacy.txt | $(VENV)/installed
 	test -x $(LEGACY)/bin/python || $(BIN)/python -m venv $(LEGACY)
 	$(LEGACY)/bin/python -m pip install --quiet -c constraints-legacy.txt torch
 	$(LEGACY)/bin/python -m pip install --quiet -c constraints-legacy.txt \
-	  transformers datasets peft accelerate fire matplotlib scipy sentencepiece typer pytest
+	  transformers datasets peft accelerate fire matplotlib scipy \
+	  sentencepiece protobuf typer pytest
 	touch $@
 
 build: $(VENV)/built
