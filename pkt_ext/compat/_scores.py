@@ -21,6 +21,7 @@ from pkt_ext.compat._positions import Half, Position
 from pkt_ext.errors import InputError
 from pkt_ext.models.anatomy import Anatomy, Projection
 from pkt_ext.models.norms import read_norm
+from pkt_ext.ops._workers import over_tiles
 from pkt_ext.ops.published_lens import PublishedLens, four_decimals
 from pkt_ext.streaming.readout import soft_capped
 
@@ -92,6 +93,7 @@ class Scorer:
         the lower index first.
         """
         if not self.fix and blocks:
+            self._score(positions, role, blocks)
             scores = torch.stack([self.scores(positions, role, b).cpu() for b in blocks])
             return torch.argsort(scores, descending=top)[:, :count].tolist()
         found = []
@@ -119,6 +121,16 @@ class Scorer:
         if role == "o":  # each prompt's overwrite the last one's
             positions = positions[-1:]
         return torch.stack([self._published(p, role, block) for p in positions]).sum(0)
+
+    def _score(self, positions: Sequence[Position], role: str, blocks: Sequence[int]) -> None:
+        """Have the published scores of these blocks remembered; on a CPU one block a thread."""
+        if self.lens is None:
+            return
+        self.lens.prepare()
+        for position in positions[-1:] if role == "o" else positions:
+            self._bases(position)
+            work = lambda block, _, p=position: self._published(p, role, block)  # noqa: E731
+            over_tiles(work, blocks, lambda: None, self.head.device)
 
     def _published(self, position: Position, role: str, block: int) -> torch.Tensor:
         """float32 [K] of one prompt, 4 decimals; remembered with the position."""

@@ -50,6 +50,11 @@ class PublishedLens:
         self._wide: torch.Tensor | None = None  # the head in float32
         self._squares: torch.Tensor | None = None  # [V], its rows' squared lengths
 
+    def prepare(self) -> None:
+        """Make what all neurons share, so that `gains` may run on several threads."""
+        if self._on_cpu and len(self.head) >= 8 * _TOKENS:
+            self._row_squares()
+
     def inputs(self, rows: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
         """float32 [..., d] of the residual stream -> what the head is given, float16.
 
