@@ -52,6 +52,12 @@ class StreamedModel:
                 if parameter is not None:
                     name = names.setdefault(id(parameter), f"{path}.{key}" if path else key)
                     self._places.setdefault(name, []).append((module, key))
+        # dynamic rotary tables grow with what is run; these are the ones of a short text
+        self._rotary = [
+            (module, dict(module._buffers))
+            for module in self.model.modules()
+            if hasattr(module, "original_max_seq_len")
+        ]
         self._meta = {n: getattr(m, k) for n, ((m, k), *_) in self._places.items()}
         self.block_names = tuple(
             tuple(n for n in self._places if n.startswith(f"{block}."))
@@ -206,6 +212,9 @@ class StreamedModel:
                 raise _Stop
             return hidden
 
+        for module, buffers in self._rotary:  # no batch sees what a longer one has left behind
+            module._buffers.update(buffers)
+            module.max_seq_len_cached = module.original_max_seq_len
         with self.replaced_blocks(recorder):
             try:
                 self.model(input_ids=input_ids, use_cache=False)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The layer-major engine: what is resident when, what is read how often, batches, activations."""
 
+import copy
 import json
 import logging
 from contextlib import contextmanager
@@ -201,6 +202,20 @@ def test_gradient_of_the_hidden_states_equals_transformers(family):
         )
         assert not gradient[index, length:].any()  # padding: exactly zero
         assert losses[name] == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_no_batch_sees_the_rotary_table_of_a_longer_one():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = zoo.build("llama", max_position_embeddings=16, rope_parameters=rope)
+    rows = published.samples((10, 40, 16, 20), vocab=zoo.VOCAB)
+    stream = StreamedModel(Checkpoint.open(model))
+    for _ in range(2):
+        with Pass(stream, stream.batches(rows, 2), show=False) as run:
+            run.run()
+            found = run.report().losses
+        for row in rows:
+            _, alone = published.sensitivity(copy.deepcopy(model), [row])
+            assert found[row.id] == pytest.approx(alone[row.id], rel=1e-6)
 
 
 def test_unknown_logit_scaling_is_refused():
