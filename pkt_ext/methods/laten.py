@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from pkt_ext import artifact
 from pkt_ext.attribution.neurons import BlockNeurons, Located
 from pkt_ext.data import PROMPT_FORMATS
 from pkt_ext.delta import delta_card, to_adapter, write_delta
-from pkt_ext.errors import InputError, NonFiniteError
+from pkt_ext.errors import InputError
 from pkt_ext.heap import give_back_freed_memory
 from pkt_ext.methods.alignment import (
     Alignment,
@@ -43,6 +42,7 @@ from pkt_ext.methods.laten_inputs import Job, planned_bytes, prepare, run_record
 from pkt_ext.methods.locating import at_random, locate_in
 from pkt_ext.methods.matching import Match, match_neurons
 from pkt_ext.methods.students import in_memory
+from pkt_ext.methods.two_models import publishing
 from pkt_ext.methods.windows import Clock
 from pkt_ext.ops.neuron_score import MODES
 from pkt_ext.settings import DTYPES, check_choices, refuse_processes
@@ -198,7 +198,6 @@ def align(
             config,
         )
     run = run_record(job, locate, align, holdout, config)
-    durable = all(stream.checkpoint.folder is not None for stream in job.streams)
 
     def export() -> None:
         if config.export and (overwrite or not artifact.is_published(adapter)):
@@ -210,32 +209,22 @@ def align(
         return finished
     with clock("prepare"):
         report["align_predicted_bytes"] = alignment_bytes(job, config)
-    kept: Progress | None = None
-    try:
-        with artifact.publish(
-            out,
-            kind="delta",
-            run=run,
-            report=report,
-            card=delta_card(job.student.name, asdict(config)),
-            overwrite=overwrite,
-            planned_bytes=planned_bytes(job, config, place),
-        ) as staging:
-            if job.dropped:
-                log.warning("%d rows left out; report.json names them", len(job.dropped))
-            # what is in memory may be anything: such a run goes on from none, and deletes none
-            unique = {} if durable else {"model in memory": uuid.uuid4().hex}
-            kept = Progress(place, state(job, config, run) | unique, resume=resume)
-            _transfer(job, student, config, clock, kept, staging, report, progress)
-    except BaseException as error:
-        # with NaN about, weights or options have to change, and the progress would not fit them
-        if kept is not None and kept.found and durable and not isinstance(error, NonFiniteError):
-            error.add_note(
-                f"what is finished is kept in {place}: the same command goes on from there"
-            )
-        elif kept is not None:
-            kept.remove()
-        raise
+    with publishing(
+        job,
+        out,
+        place,
+        state(job, config, run),
+        resume=resume,
+        kind="delta",
+        run=run,
+        report=report,
+        card=delta_card(job.student.name, asdict(config)),
+        overwrite=overwrite,
+        planned_bytes=planned_bytes(job, config, place),
+    ) as (staging, kept):
+        if job.dropped:
+            log.warning("%d rows left out; report.json names them", len(job.dropped))
+        _transfer(job, student, config, clock, kept, staging, report, progress)
     export()
     kept.remove()
     return report

@@ -17,18 +17,17 @@ from pkt_ext.errors import InputError
 from pkt_ext.methods.matching import KIND
 from pkt_ext.methods.seeking_inputs import longest_row
 from pkt_ext.methods.students import check_gradients
+from pkt_ext.methods.two_models import TwoModels, open_both
 from pkt_ext.models.anatomy import Anatomy
 from pkt_ext.settings import find_device
 from pkt_ext.streaming.batches import Sample, digest, with_distinct_ids
 from pkt_ext.streaming.blocks import StreamedModel
-from pkt_ext.streaming.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(TwoModels):
     """Everything checked; nothing is written and no weight is read yet. Pairs: teacher, student."""
 
-    streams: tuple[StreamedModel, StreamedModel]
     targets: tuple[list[Sample], list[Sample]]  # of the rows to locate by; the last is injected
     located: list[Sample]  # the same rows, but the last, as the student learns them
     align: list[Sample]
@@ -38,21 +37,9 @@ class Job:
     blocks: int
     counts: dict[str, int]  # neurons of a block, by "attention", "ffn"
 
-    @property
-    def student(self) -> Checkpoint:
-        return self.streams[1].checkpoint
-
-    @property
-    def anatomies(self) -> tuple[Anatomy, Anatomy]:
-        return self.streams[0].anatomy, self.streams[1].anatomy
-
 
 def prepare(models, tokenizers, locate, align, holdout, config) -> Job:
-    revisions = config.teacher_revision, config.student_revision
-    checkpoints = [
-        Checkpoint.open(model, revision=revision)
-        for model, revision in zip(models, revisions, strict=True)
-    ]
+    checkpoints = open_both(models, (config.teacher_revision, config.student_revision))
     streams, blocks, counts = pair(checkpoints, config, find_device(config.device))
     tokenizers = [t or s.checkpoint.tokenizer() for t, s in zip(tokenizers, streams, strict=True)]
     lengths = [

@@ -17,14 +17,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import uuid
 from dataclasses import asdict
 from pathlib import Path
 
 from pkt_ext import artifact
 from pkt_ext.adapter import stores_transposed, write_adapter
 from pkt_ext.artifact import model_card
-from pkt_ext.errors import NonFiniteError
 from pkt_ext.heap import give_back_freed_memory
 from pkt_ext.lora import adapter_card
 from pkt_ext.merge import write_trained
@@ -42,6 +40,7 @@ from pkt_ext.methods.steering import Steering
 from pkt_ext.methods.students import in_memory
 from pkt_ext.methods.supervision import attribute, compare_blocks, supervise
 from pkt_ext.methods.targets import Phase, Source
+from pkt_ext.methods.two_models import publishing
 from pkt_ext.methods.windows import Clock
 from pkt_ext.settings import refuse_processes
 from pkt_ext.streaming.budget import parse_bytes
@@ -105,35 +104,24 @@ def align(
     if resume and not overwrite and (finished := artifact.finished(out, place, run)):
         shutil.rmtree(place)
         return finished
-    durable = all(stream.checkpoint.folder is not None for stream in job.streams)
     with clock("prepare"):
         report["train_predicted_bytes"] = training_bytes(job, config)
-    kept: Progress | None = None
-    try:
-        with artifact.publish(
-            out,
-            kind="adapter" if config.train == "lora" else "model",
-            run=run,
-            report=report,
-            card=None,
-            overwrite=overwrite,
-            planned_bytes=planned_bytes(job, config, place),
-        ) as staging:
-            if job.dropped:
-                log.warning("%d rows left out; report.json names them", len(job.dropped))
-            # what is in memory may be anything: such a run goes on from none, and deletes none
-            unique = {} if durable else {"model in memory": uuid.uuid4().hex}
-            kept = Progress(place, state(job, config, run) | unique, resume=resume)
-            _transfer(job, student, config, clock, kept, staging, report, progress)
-    except BaseException as error:
-        # with NaN about, weights or options have to change, and the progress would not fit them
-        if kept is not None and kept.found and durable and not isinstance(error, NonFiniteError):
-            error.add_note(
-                f"what is finished is kept in {place}: the same command goes on from there"
-            )
-        elif kept is not None:
-            kept.remove()
-        raise
+    with publishing(
+        job,
+        out,
+        place,
+        state(job, config, run),
+        resume=resume,
+        kind="adapter" if config.train == "lora" else "model",
+        run=run,
+        report=report,
+        card=None,
+        overwrite=overwrite,
+        planned_bytes=planned_bytes(job, config, place),
+    ) as (staging, kept):
+        if job.dropped:
+            log.warning("%d rows left out; report.json names them", len(job.dropped))
+        _transfer(job, student, config, clock, kept, staging, report, progress)
     kept.remove()
     return report
 

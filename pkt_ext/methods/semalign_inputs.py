@@ -19,22 +19,20 @@ from pkt_ext.errors import InputError
 from pkt_ext.methods.seeking_inputs import longest_row
 from pkt_ext.methods.semantic_map import check_shared
 from pkt_ext.methods.students import check_gradients
+from pkt_ext.methods.two_models import TwoModels, open_both
 from pkt_ext.methods.vocabulary import SharedVocabulary, shared_vocabulary
-from pkt_ext.models.anatomy import Anatomy
 from pkt_ext.paired_data import PairedRows, Positions, encode_pairs
 from pkt_ext.settings import trainer_device
 from pkt_ext.streaming.batches import Sample, digest, with_distinct_ids
 from pkt_ext.streaming.blocks import StreamedModel
-from pkt_ext.streaming.checkpoint import Checkpoint
 
 HELD_OUT = 64  # rows at most, where none are given for that
 
 
 @dataclass(frozen=True)
-class Job:
+class Job(TwoModels):
     """Everything checked; nothing is written and no weight is read yet. Pairs: teacher, student."""
 
-    streams: tuple[StreamedModel, StreamedModel]
     shared: SharedVocabulary
     rows: PairedRows  # to train on
     layer_positions: list[Positions]  # of these, where the layer loss looks
@@ -42,21 +40,9 @@ class Job:
     unrelated: list[Sample]  # of the student, every token is predicted
     dropped: list[tuple[str, str]]
 
-    @property
-    def student(self) -> Checkpoint:
-        return self.streams[1].checkpoint
-
-    @property
-    def anatomies(self) -> tuple[Anatomy, Anatomy]:
-        return self.streams[0].anatomy, self.streams[1].anatomy
-
 
 def prepare(models, tokenizers, data, holdout, unrelated, config) -> Job:
-    revisions = config.teacher_revision, config.student_revision
-    checkpoints = [
-        Checkpoint.open(model, revision=revision)
-        for model, revision in zip(models, revisions, strict=True)
-    ]
+    checkpoints = open_both(models, (config.teacher_revision, config.student_revision))
     streams = pair(checkpoints, config, trainer_device(config.device))
     tokenizers = [t or s.checkpoint.tokenizer() for t, s in zip(tokenizers, streams, strict=True)]
     shared = shared_vocabulary(*tokenizers, *(s.anatomy.vocab_size for s in streams))
