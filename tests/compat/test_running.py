@@ -50,13 +50,13 @@ def test_a_script_sees_what_python_would_show_it(tmp_path):
         print(__file__, sys.argv, sys.path[0], __name__, __spec__, __package__, __doc__)
         print(sorted(globals()), type(__builtins__), sys.modules["__main__"].__dict__ is globals())
     """
-    write(tmp_path, {"work/sub/random.py": script, "elsewhere/x": ""})
-    (tmp_path / "work/link.py").symlink_to(tmp_path / "work/sub/random.py")
-    for path in ("sub/random.py", "./sub/random.py", "../work/sub/random.py", "link.py"):
-        done, lines = same_as_plain(tmp_path / "work", path, "--fix", "-h", "rest")
+    write(tmp_path, {"desk/sub/random.py": script, "elsewhere/x": ""})
+    (tmp_path / "desk/link.py").symlink_to(tmp_path / "desk/sub/random.py")
+    for path in ("sub/random.py", "./sub/random.py", "../desk/sub/random.py", "link.py"):
+        done, lines = same_as_plain(tmp_path / "desk", path, "--fix", "-h", "rest")
         assert done.returncode == 0 and "'--fix', '-h', 'rest'" in done.stdout
         assert lines == ["nothing was recognised: the script ran as it is"]
-    same_as_plain(tmp_path / "elsewhere", str(tmp_path / "work/sub/random.py"))
+    same_as_plain(tmp_path / "elsewhere", str(tmp_path / "desk/sub/random.py"))
 
 
 RAISING = {
