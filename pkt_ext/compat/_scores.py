@@ -126,9 +126,9 @@ class Scorer:
         """Have the published scores of these blocks remembered; on a CPU one block a thread."""
         if self.lens is None:
             return
-        self.lens.prepare()
         for position in positions[-1:] if role == "o" else positions:
             self._bases(position)
+            self._surveys(position)
             work = lambda block, _, p=position: self._published(p, role, block)  # noqa: E731
             over_tiles(work, blocks, lambda: None, self.head.device)
 
@@ -146,7 +146,8 @@ class Scorer:
                     half.base.float(),
                     self._root(position),
                     position.target,
-                    before=self._bases(position)[0 if role == "o" else 1][block],
+                    before=self._bases(position)[_number(role)][block],
+                    survey=self._surveys(position)[_number(role)][block],
                 )
             known = position.known[role, block] = four_decimals(known)
         return known
@@ -190,6 +191,15 @@ class Scorer:
             position.known["bases"] = self._log_probs(position, rows).unflatten(0, (2, -1))
         return position.known["bases"]
 
+    def _surveys(self, position: Position) -> tuple[list, list]:
+        """What the lens knows around every block's bases; remembered."""
+        if "surveys" not in position.known:
+            rows = torch.stack([half.base.float() for half in _halves(position)])
+            inputs = self.lens.inputs(rows, self._root(position))
+            found = self.lens.surveys(inputs, [position.target] * len(rows))
+            position.known["surveys"] = found[: len(rows) // 2], found[len(rows) // 2 :]
+        return position.known["surveys"]
+
     @torch.no_grad()
     def _log_probs(self, position: Position, rows: torch.Tensor) -> torch.Tensor:
         """Of the position's target, for float32 rows [R, D] of its residual stream: [R]."""
@@ -222,8 +232,13 @@ class Scorer:
         return torch.rsqrt(ops.published_scale(position.final) + 1e-6)
 
 
+def _number(role: str) -> int:
+    """0 attention, 1 FFN."""
+    return 0 if role == "o" else 1
+
+
 def _half(position: Position, role: str, block: int) -> Half:
-    return (position.attention if role == "o" else position.ffn)[block]
+    return (position.attention, position.ffn)[_number(role)][block]
 
 
 def _halves(position: Position) -> list[Half]:

@@ -232,9 +232,18 @@ def _published(
 ) -> torch.Tensor:
     """The released arithmetic, sample by sample."""
     published = PublishedLens(lens.head, lens.gain)
-    roots = torch.rsqrt(scale.float() + 1e-6)
-    samples = zip(contributions.float(), residual.float(), roots, targets.tolist(), strict=True)
-    gains = [published.gains(m, lens.vectors, x, root, y) for m, x, root, y in samples]
+    contributions, residual = contributions.float(), residual.float()
+    roots, tokens = torch.rsqrt(scale.float() + 1e-6), targets.tolist()
+    bases = published.inputs(residual, roots[:, None])
+    surveys = published.surveys(bases, tokens)
+    gains = [
+        published.gains(
+            *(contributions[i], lens.vectors, residual[i], roots[i], token),
+            before=published.log_probs(bases[i], token),
+            survey=surveys[i],
+        )
+        for i, token in enumerate(tokens)
+    ]
     return four_decimals(torch.stack(gains))
 
 

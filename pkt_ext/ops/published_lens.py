@@ -24,6 +24,9 @@ Source: LaTen's released scripts (METHODS 3.8), which multiply the head with eve
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch.nn.functional import linear
 
@@ -31,10 +34,26 @@ from pkt_ext.ops._workers import spans
 
 _TOKENS = 512  # computed one by one, and as many in the sample
 _FEW = 32  # vectors for which a sample does not pay
+_BASES = 16  # surveyed at a time
 _ERRORS = 6.0  # standard errors that decide
 _ROUNDING = 1e-5  # of a float32 denominator, generously
-_LOGITS = {"cpu": 2**23}  # in memory at a time; 2^25 elsewhere
-_KEPT_HEAD = 2**28  # elements of a head that is kept in float32, 1 GiB
+_LOGITS = {"cpu": 2**22}  # in memory at a time; 2^25 elsewhere
+_WIDENED = 2**20  # elements of the head in float32 at a time, 4 MiB
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """The softmax's denominator around one base, relative to its likeliest token's part."""
+
+    most: torch.Tensor  # float32 [], that token's logit
+    likely: torch.Tensor  # int64 [K], tokens that are computed one by one
+    total: torch.Tensor  # float64 [], of the rest
+    rounding: torch.Tensor  # float64 [], variance of what rounding logits does to the rest
+    centre: torch.Tensor  # float32 [d], the rest's mean row of the head
+    drawn: torch.Tensor  # int64 [K], the sample of the rest
+    squares: torch.Tensor  # float32 [K], its rows' squared distances from the centre
+    mass: torch.Tensor  # float64 [], what one drawn token stands for, times their number
+    reach: torch.Tensor  # float32 [], the farthest row's distance from the centre
 
 
 class PublishedLens:
@@ -47,13 +66,6 @@ class PublishedLens:
 
     def __init__(self, head: torch.Tensor, gain: torch.Tensor | None):
         self.head, self._gain = head.detach(), gain
-        self._wide: torch.Tensor | None = None  # the head in float32
-        self._squares: torch.Tensor | None = None  # [V], its rows' squared lengths
-
-    def prepare(self) -> None:
-        """Make what all neurons share, so that `gains` may run on several threads."""
-        if self._on_cpu and len(self.head) >= 8 * _TOKENS:
-            self._row_squares()
 
     def inputs(self, rows: torch.Tensor, root: torch.Tensor) -> torch.Tensor:
         """float32 [..., d] of the residual stream -> what the head is given, float16.
@@ -70,6 +82,19 @@ class PublishedLens:
         return linear(inputs, self.head).softmax(-1)[..., target].log()
 
     @torch.no_grad()
+    def surveys(self, bases: torch.Tensor, targets: Sequence[int]) -> list[_Survey | None]:
+        """What `gains` needs to know of head inputs [B, d] float16, for all of them at once.
+
+        None where it would not use it: on a GPU, with a small head.
+        """
+        if self.head.device.type != "cpu" or len(self.head) < 8 * _TOKENS:
+            return [None] * len(bases)
+        found = []
+        for part in spans(len(bases), _BASES):
+            found += self._surveys(bases[part].float(), targets[part])
+        return found
+
+    @torch.no_grad()
     def gains(
         self,
         contributions: torch.Tensor,
@@ -78,7 +103,8 @@ class PublishedLens:
         root: torch.Tensor,
         target: int,
         *,
-        before: torch.Tensor | None = None,
+        before: torch.Tensor,
+        survey: _Survey | None,
     ) -> torch.Tensor:
         """log p(target | x + m_i v_i) - log p(target | x) of a block's neurons: float16 [n].
 
@@ -87,102 +113,99 @@ class PublishedLens:
             vectors:       [d, n] float16.
             residual:      [d] float32 x.
             root:          see `inputs`.
-            before:        the log-probability without a neuron, if it is known.
+            before:        the log-probability without a neuron.
+            survey:        of the inputs for x, from `surveys`.
         """
-        base, count = self.inputs(residual, root), len(contributions)
-        before = self.log_probs(base, target) if before is None else before
-        found = before.expand(count).clone()
+        base, found = self.inputs(residual, root), before.expand(len(contributions)).clone()
         size = max(1, _LOGITS.get(self.head.device.type, 2**25) // len(self.head))
-        for part in spans(count, max(size, 1024)):
+        for part in spans(len(contributions), max(size, 1024)):
             added = (contributions[part] * vectors[:, part]).T + residual
-            found[part] = self._near(base, found[part], self.inputs(added, root), target, size)
+            rows = self.inputs(added, root)
+            left = (rows != base).any(1).nonzero()[:, 0]
+            if survey is not None and len(left) > _FEW:
+                values, sure = self._estimates(base, rows[left], target, survey)
+                found[part.start + left[sure]] = values[sure]
+                left = left[~sure]
+            for span in spans(len(left), size):
+                some = left[span]
+                found[part.start + some] = self._exact(rows[some], target)
         return found - before
 
-    def _near(
-        self, base: torch.Tensor, found: torch.Tensor, rows: torch.Tensor, target: int, size: int
-    ) -> torch.Tensor:
-        """Log-probabilities of head inputs [n, d], given those of the base; `size` at a time."""
-        left = (rows != base).any(1).nonzero()[:, 0]
-        if self._on_cpu and len(left) > _FEW and len(self.head) >= 8 * _TOKENS:
-            values, sure = self._estimates(base, rows[left], target)
-            found[left[sure]] = values[sure]
-            left = left[~sure]
-        for part in spans(len(left), size):
-            some = left[part]
-            found[some] = self._exact(rows[some], target)
-        return found
-
     def _exact(self, rows: torch.Tensor, target: int) -> torch.Tensor:
-        if not self._on_cpu:
+        """Log-probabilities of head inputs [n, d], every logit by itself."""
+        if self.head.device.type != "cpu":
             return self.log_probs(rows, target)
         logits = torch.empty(len(rows), len(self.head), dtype=torch.float16)
-        for part, head in self._wide_parts():
+        for part, head in self._widened():
             logits[:, part] = linear(rows.float(), head)
         logits[:, target] = self._target_logits(rows, target)
         return logits.softmax(-1)[:, target].log()
 
     def _estimates(
-        self, base: torch.Tensor, rows: torch.Tensor, target: int
+        self, base: torch.Tensor, rows: torch.Tensor, target: int, survey: _Survey
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(log-probabilities float16 [n], which of them no error can change)."""
         shift = rows.float() - base.float()
-        logits = torch.cat([head @ base.float() for _, head in self._wide_parts()])
-        most = logits.amax()
-        rest = (logits - most).exp()  # of every token, relative to the likeliest
-        likely = torch.cat([rest.topk(_TOKENS).indices, torch.tensor([target])]).unique()
-        rest[likely] = 0.0
-        total = rest.sum(dtype=torch.float64)
-        pull = sum(rest[part] @ head for part, head in self._wide_parts())
-        centre = pull / total.float().clamp_min(1e-30)
-        moved = (shift @ centre).double().exp()  # of all of the rest alike
-        second, error = self._second_order(shift, rest, centre)
+        x = linear(shift, self.head[survey.drawn].float() - survey.centre)
+        shares = (x.expm1() - x).double() / survey.squares
+        second = survey.mass * shares.mean(1)
+        error = shares.std(1) / _TOKENS**0.5 + shares.amax(1) / _TOKENS
+        # farther than that a token that hardly counts, and is not drawn, could come to lead
+        error[shift.norm(dim=1) * survey.reach > 1.0] = torch.inf
 
-        alone = linear(rows.float(), self.head[likely].float()).half().float()
-        known = (alone - most).exp().sum(1, dtype=torch.float64)
-        whole = known + moved * (total + second)
-        rounding = (rest.double() * _half_spacing(logits)).square().sum() / 3.0
-        doubt = _ERRORS * moved * (error.square() + rounding).sqrt() / whole + _ROUNDING
-        log_prob = (self._target_logits(rows, target).float() - most).double() - whole.log()
+        alone = linear(rows.float(), self.head[survey.likely].float()).half().float()
+        known = (alone - survey.most).exp().sum(1, dtype=torch.float64)
+        moved = (shift @ survey.centre).double().exp()  # all of the rest alike
+        whole = known + moved * (survey.total + second)
+        spread = ((survey.mass * error).square() + survey.rounding).sqrt()
+        doubt = _ERRORS * moved * spread / whole + _ROUNDING
+        logit = self._target_logits(rows, target).float() - survey.most
+        log_prob = logit.double() - whole.log()
         low, high = ((log_prob + d).exp().half().log() for d in (-doubt, doubt))
         return low, low == high
 
-    def _second_order(
-        self, shift: torch.Tensor, rest: torch.Tensor, centre: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """sum_v rest_v g((E_v - centre) . shift), and a standard error of it: float64 [n] each."""
-        along = torch.cat([head @ centre for _, head in self._wide_parts()])
-        squares = (self._row_squares() - 2.0 * along + centre @ centre).clamp_min(1e-12)
-        steps = (rest * squares).cumsum(0, dtype=torch.float64)
-        places = (torch.arange(_TOKENS, dtype=torch.float64) + 0.5) / _TOKENS * steps[-1]
-        drawn = torch.searchsorted(steps, places).clamp_max(len(rest) - 1)
-        x = linear(shift, self.head[drawn].float() - centre)
-        shares = (x.expm1() - x).double() / squares[drawn]
-        error = shares.std(1) / _TOKENS**0.5 + shares.amax(1) / _TOKENS
-        # farther than that a token that hardly counts, and is not drawn, could come to lead
-        error[shift.norm(dim=1) * squares.amax().sqrt() > 1.0] = torch.inf
-        return steps[-1] * shares.mean(1), steps[-1] * error
+    def _surveys(self, bases: torch.Tensor, targets: Sequence[int]) -> list[_Survey]:
+        parts = [(bases @ h.T, h.norm(dim=1)) for _, h in self._widened()]
+        logits = torch.cat([products for products, _ in parts], 1)
+        lengths = torch.cat([norms for _, norms in parts])
+        most = logits.amax(1)
+        rest = (logits - most[:, None]).exp()
+        tokens = rest.topk(_TOKENS).indices
+        likely = torch.cat([tokens, torch.tensor(targets)[:, None]], 1)
+        rest.scatter_(1, likely, 0.0)
+        total = rest.sum(1, dtype=torch.float64)
+        pull = sum(rest[:, part] @ head for part, head in self._widened())
+        centres = pull / total.float().clamp_min(1e-30)[:, None]
+        along = torch.cat([centres @ head.T for _, head in self._widened()], 1)
+        found = []
+        for i, centre in enumerate(centres):
+            squares = (lengths.square() - 2.0 * along[i] + centre @ centre).clamp_min(1e-12)
+            steps = (rest[i] * squares).cumsum(0, dtype=torch.float64)
+            places = (torch.arange(_TOKENS, dtype=torch.float64) + 0.5) / _TOKENS * steps[-1]
+            drawn = torch.searchsorted(steps, places).clamp_max(len(steps) - 1)
+            rounding = (rest[i].double() * _half_spacing(logits[i])).square().sum() / 3.0
+            found.append(
+                _Survey(
+                    most[i],
+                    likely[i].unique(),
+                    total[i],
+                    rounding,
+                    centre,
+                    drawn,
+                    squares[drawn],
+                    steps[-1],
+                    squares.amax().sqrt(),
+                )
+            )
+        return found
 
     def _target_logits(self, rows: torch.Tensor, target: int) -> torch.Tensor:
         return linear(rows, self.head[target : target + 1])[:, 0]
 
-    def _row_squares(self) -> torch.Tensor:
-        if self._squares is None:
-            self._squares = torch.cat([h.square().sum(1) for _, h in self._wide_parts()])
-        return self._squares
-
-    def _wide_parts(self):
-        """(rows, head[rows] in float32) of the whole head; a small one is widened only once."""
-        if self._wide is None and self.head.numel() <= _KEPT_HEAD:
-            self._wide = self.head.float()
-        if self._wide is not None:
-            yield slice(0, len(self.head)), self._wide
-            return
-        for part in spans(len(self.head), max(1, 2**22 // self.head.shape[1])):
+    def _widened(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(rows, head[rows] in float32), a few at a time."""
+        for part in spans(len(self.head), max(1, _WIDENED // self.head.shape[1])):
             yield part, self.head[part].float()
-
-    @property
-    def _on_cpu(self) -> bool:
-        return self.head.device.type == "cpu"
 
 
 def four_decimals(scores: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,13 @@ def problem(*, vocab=5000, size=48, neurons=300, strength=0.3, spread=0.3, seed=
     return head, gain, (contributions, vectors, residual, root, 17)
 
 
+def gains(lens, contributions, vectors, residual, root, target):
+    base = lens.inputs(residual, root)
+    (survey,) = lens.surveys(base[None], [target])
+    known = {"before": lens.log_probs(base, target), "survey": survey}
+    return lens.gains(contributions, vectors, residual, root, target, **known)
+
+
 def by_hand(head, gain, contributions, vectors, residual, root, target):
     """As released: every neuron times the head, in float16."""
 
@@ -45,7 +52,7 @@ def check(found, truth, share=0.99):
 def test_equals_half_products(vocab, strength):
     head, gain, rest = problem(vocab=vocab, strength=strength)
     truth = by_hand(head, gain, *rest)
-    check(PublishedLens(head, gain).gains(*rest), truth)
+    check(gains(PublishedLens(head, gain), *rest), truth)
     assert len(truth.unique()) > 1
 
 
@@ -57,7 +64,7 @@ def test_flat_and_peaked_distributions(spread):
     x, root = rest[2:4]
     target = int(lens.log_probs(lens.inputs(x, root), slice(None)).argmax())
     rest = (*rest[:4], target)
-    check(lens.gains(*rest), by_hand(head, gain, *rest))
+    check(gains(lens, *rest), by_hand(head, gain, *rest))
 
 
 def test_few_are_multiplied_with_the_head(monkeypatch):
@@ -65,16 +72,16 @@ def test_few_are_multiplied_with_the_head(monkeypatch):
     lens, counts = PublishedLens(head, gain), []
     exact = lens._exact
     monkeypatch.setattr(lens, "_exact", lambda r, y: counts.append(len(r)) or exact(r, y))
-    check(lens.gains(*rest), by_hand(head, gain, *rest))
+    check(gains(lens, *rest), by_hand(head, gain, *rest))
     assert 0 < sum(counts) < 60  # of 300
 
 
 def test_what_the_sample_leaves_open_is_computed(monkeypatch):
     head, gain, rest = problem()
     monkeypatch.setattr(published_lens, "_ERRORS", 1e9)
-    everything = PublishedLens(head, gain).gains(*rest)
+    everything = gains(PublishedLens(head, gain), *rest)
     monkeypatch.setattr(published_lens, "_FEW", 1000)
-    assert PublishedLens(head, gain).gains(*rest).equal(everything)
+    assert gains(PublishedLens(head, gain), *rest).equal(everything)
     check(everything, by_hand(head, gain, *rest))
 
 
@@ -86,27 +93,42 @@ def test_rare_tokens_of_great_length_are_in_the_sample():
     vectors[0, :150] = 1.0
     m[:150] = m[:150].abs() * 3
     rest = (m, vectors, x, root, target)
-    check(PublishedLens(head, gain).gains(*rest), by_hand(head, gain, *rest))
+    check(gains(PublishedLens(head, gain), *rest), by_hand(head, gain, *rest))
 
 
 def test_a_neuron_that_rounding_takes_away_scores_zero():
     head, gain, (m, vectors, x, root, target) = problem()
     m[:200] = 1e-7
-    scores = PublishedLens(head, gain).gains(m, vectors, x, root, target)
+    scores = gains(PublishedLens(head, gain), m, vectors, x, root, target)
     assert not scores[:200].any() and scores[200:].any()
 
 
-def test_a_head_too_large_to_keep(monkeypatch):
+@pytest.mark.parametrize("size", ["_WIDENED", "_LOGITS"])
+def test_parts_of_the_head_and_of_the_neurons(size, monkeypatch):
     head, gain, rest = problem()
-    kept = PublishedLens(head, gain).gains(*rest)
-    monkeypatch.setattr(published_lens, "_KEPT_HEAD", 0)
-    check(PublishedLens(head, gain).gains(*rest), kept)
+    at_once = gains(PublishedLens(head, gain), *rest)
+    little = {"cpu": 7 * len(head)} if size == "_LOGITS" else 333 * 48
+    monkeypatch.setattr(published_lens, size, little)
+    check(gains(PublishedLens(head, gain), *rest), at_once)
+
+
+def test_a_survey_of_many_bases_is_each_ones_own(monkeypatch):
+    head, gain, _ = problem()
+    lens = PublishedLens(head, gain)
+    bases = torch.randn(5, 48, generator=torch.Generator().manual_seed(2)).half()
+    monkeypatch.setattr(published_lens, "_BASES", 2)
+    together = lens.surveys(bases, [3, 4, 5, 6, 7])
+    for i, survey in enumerate(together):
+        (alone,) = lens.surveys(bases[i : i + 1], [i + 3])
+        assert survey.likely.equal(alone.likely) and i + 3 in survey.likely
+        torch.testing.assert_close(survey.total, alone.total, rtol=1e-5, atol=0)
+        torch.testing.assert_close(survey.centre, alone.centre, rtol=1e-3, atol=1e-5)
 
 
 def test_a_target_without_probability():
     """log 0 less log 0 is NaN, and some neurons bring it back: as released."""
     head, gain, rest = problem(spread=4.0)
-    scores = PublishedLens(head, gain).gains(*rest)
+    scores = gains(PublishedLens(head, gain), *rest)
     truth = by_hand(head, gain, *rest)
     assert scores.isnan().any() and scores.isnan().equal(truth.isnan())
     assert scores.nan_to_num().equal(truth.nan_to_num())
@@ -114,9 +136,9 @@ def test_a_target_without_probability():
 
 def test_nan_in_one_neuron_stays_there():
     head, gain, (m, vectors, x, root, target) = problem()
-    clean = PublishedLens(head, gain).gains(m, vectors, x, root, target)
+    clean = gains(PublishedLens(head, gain), m, vectors, x, root, target)
     vectors[3, 5] = float("nan")
-    scores = PublishedLens(head, gain).gains(m, vectors, x, root, target)
+    scores = gains(PublishedLens(head, gain), m, vectors, x, root, target)
     others = torch.arange(300) != 5
     assert scores[5].isnan() and not scores[others].isnan().any()
     check(scores[others], clean[others])
