@@ -120,7 +120,7 @@ class Scorer:
             return self._gains(positions, role, block).scores.sum(0)
         if role == "o":  # each prompt's overwrite the last one's
             positions = positions[-1:]
-        return torch.stack([self._published(p, role, block) for p in positions]).sum(0)
+        return sum(self._published(p, role, block) for p in positions)  # in the published order
 
     def _score(self, positions: Sequence[Position], role: str, blocks: Sequence[int]) -> None:
         """Have the published scores of these blocks remembered; on a CPU one block a thread."""
@@ -141,7 +141,7 @@ class Scorer:
             else:
                 half = _half(position, role, block)
                 known = self.lens.gains(
-                    half.neurons.float(),
+                    half.neurons.float() / half.scale,
                     self._vectors(half, role, block),
                     half.base.float(),
                     self._root(position),

@@ -403,23 +403,24 @@ def test_a_delta_of_a_part_of_a_module():
 # --- corrected ------------------------------------------------------------------------------------
 
 
+def row(tokenizer):
+    """The first text, its last token the target."""
+    ids = torch.tensor(tokenizer.encode(PROMPTS[0] + ANSWERS[0].rstrip(".")))
+    labels = torch.full_like(ids, IGNORED)
+    labels[-1] = ids[-1]
+    return Sample("row", ids, labels)
+
+
 @pytest.mark.parametrize(
     "family", ["llama_gqa", "qwen3", "gemma2", "olmo2", "gpt_neox", "gpt2", "opt", "phi3"]
 )
 def test_fixed_scores_are_those_of_locate(family):
     """Which has its own float64 oracle."""
-    if family not in zoo.FAMILIES:
-        pytest.skip(f"this transformers has no {family}")
     model, tokenizer = zoo.build(family, layers=BLOCKS), zoo.tokenizer()
     ours = KnowledgeNeurons(model, tokenizer, model_type="any", device="cpu", fix=True)
-    ids = torch.tensor(tokenizer.encode(PROMPTS[0] + ANSWERS[0].rstrip(".")))
-    labels = torch.full_like(ids, IGNORED)
-    labels[-1] = ids[-1]
     stream = StreamedModel(Checkpoint.open(model), dtype=torch.float32)
     counts = {"blocks": BLOCKS, "attention_neurons": 7, "ffn_neurons": 9}
-    (truth,) = locate(
-        stream, [Sample("row", ids, labels)], allotment=Allotment(1), show=False, **counts
-    )
+    (truth,) = locate(stream, [row(tokenizer)], allotment=Allotment(1), show=False, **counts)
     texts, every = (PROMPTS[:1], ANSWERS[:1]), list(range(BLOCKS))
     for found, gains in zip(
         ours.get_top_attribute_layers(*texts, BLOCKS),
@@ -432,6 +433,20 @@ def test_fixed_scores_are_those_of_locate(family):
         (ours.get_top_attribute_neurons_ffn(*texts, every, 9), truth.ffn),
     ):
         assert found == [[b.block, n] for b in best for n in b.indices.tolist()]
+
+
+@pytest.mark.parametrize("family", ["llama_gqa", "olmo2"])
+def test_published_scores_are_those_of_locate(family):
+    model, tokenizer = zoo.build(family, layers=BLOCKS).half(), zoo.tokenizer()
+    ours = KnowledgeNeurons(model, tokenizer, device="cpu")
+    stream = StreamedModel(Checkpoint.open(model))
+    counts = {"blocks": BLOCKS, "attention_neurons": 9, "ffn_neurons": 9, "compat": "published"}
+    (truth,) = locate(stream, [row(tokenizer)], allotment=Allotment(1), show=False, **counts)
+    scorer, seen = _look(ours, PROMPTS[:1], ANSWERS[:1])
+    for role, kept in (("o", truth.attention), ("down", truth.ffn)):
+        for best in kept:
+            found = scorer.scores(seen, role, best.block).sort(descending=True).values[:9]
+            assert (found - best.scores).abs().max() <= STEP and best.scores.any()
 
 
 def test_fixed_scores_of_a_modified_model_and_of_several_prompts():
