@@ -126,12 +126,9 @@ def attach(model: nn.Module, where: Place, delta: torch.Tensor) -> None:
             "a delta cannot be attached: inject outside autograd with fix=True, or use `pkt laten`"
         )
     where.module.delta = delta
-    if not returns_flows(model) and where.module not in _HOOKED:
+    # a copied module has its hooks copied
+    if not returns_flows(model) and _add_delta not in where.module._forward_hooks.values():
         where.module.register_forward_hook(_add_delta)
-        _HOOKED[where.module] = True
-
-
-_HOOKED: WeakKeyDictionary = WeakKeyDictionary()  # modules of stock models
 
 
 def _add_delta(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:

@@ -52,6 +52,7 @@ class Position:
     known: dict = field(default_factory=dict)  # what has been computed of it
 
 
+@torch.no_grad()
 def positions(
     owner,
     prompts: Sequence[str],

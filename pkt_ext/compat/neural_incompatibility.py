@@ -97,6 +97,10 @@ class KnowledgeNeurons:
         self.n_layers, self.n_head = config.num_hidden_layers, config.num_attention_heads
         self.n_embd = config.hidden_size
         self.head_dim = self.n_embd // self.n_head
+        self.intermediate_size = getattr(config, "intermediate_size", None)
+        # none of ours reads these; a script's own methods may
+        self.transformer_layers_attr = "model.layers"
+        self.ff_attr_format, self.attn_attr_format = "mlp.{}", "self_attn.{}"
 
     @torch.no_grad()
     def get_top_attribute_layers(
