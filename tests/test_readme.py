@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,15 @@ def test_kernels_page(tmp_path):
     assert (tmp_path / "roofline.png").stat().st_size > 10_000
     for script in blocks("docs/kernels.md", "python"):
         run(tmp_path, [sys.executable, "-c", script])
+
+
+def test_migrating_page(shop):
+    """The published scripts are stand-ins of their shape; the later pieces continue each other."""
+    stand_in = ROOT / "tests" / "compat" / "scripts" / "seeking_script.py"
+    shutil.copy(stand_in, shop / "extract_lora_with_sensitivity.py")
+    patched, *pieces = blocks("docs/migrating.md", "python")
+    run(shop, [sys.executable, "-c", patched])
+    run(shop, [sys.executable, "-c", "\n".join(pieces)])
 
 
 def test_readme_is_short_and_its_links_lead_somewhere():
