@@ -146,23 +146,28 @@ class PublishedLens:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(log-probabilities float16 [n], which of them no error can change)."""
         shift = rows.float() - base.float()
-        x = linear(shift, self.head[survey.drawn].float() - survey.centre)
-        shares = (x.expm1() - x).double() / survey.squares
-        second = survey.mass * shares.mean(1)
-        error = shares.std(1) / _TOKENS**0.5 + shares.amax(1) / _TOKENS
-        # farther than that a token that hardly counts, and is not drawn, could come to lead
-        error[shift.norm(dim=1) * survey.reach > 1.0] = torch.inf
-
+        second, error = self._second_order(shift, survey)
         alone = linear(rows.float(), self.head[survey.likely].float()).half().float()
         known = (alone - survey.most).exp().sum(1, dtype=torch.float64)
         moved = (shift @ survey.centre).double().exp()  # all of the rest alike
         whole = known + moved * (survey.total + second)
-        spread = ((survey.mass * error).square() + survey.rounding).sqrt()
+        spread = (error.square() + survey.rounding).sqrt()
         doubt = _ERRORS * moved * spread / whole + _ROUNDING
         logit = self._target_logits(rows, target).float() - survey.most
         log_prob = logit.double() - whole.log()
         low, high = ((log_prob + d).exp().half().log() for d in (-doubt, doubt))
         return low, low == high
+
+    def _second_order(
+        self, shift: torch.Tensor, survey: _Survey
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """sum over the rest of e_v g((E_v - centre) . shift), and a standard error of it: [n]."""
+        x = linear(shift, self.head[survey.drawn].float() - survey.centre)
+        shares = (x.expm1() - x).double() / survey.squares
+        error = shares.std(1) / _TOKENS**0.5 + shares.amax(1) / _TOKENS
+        # farther than that a token that hardly counts, and is not drawn, could come to lead
+        error[shift.norm(dim=1) * survey.reach > 1.0] = torch.inf
+        return survey.mass * shares.mean(1), survey.mass * error
 
     def _surveys(self, bases: torch.Tensor, targets: Sequence[int]) -> list[_Survey]:
         parts = [(bases @ h.T, h.norm(dim=1)) for _, h in self._widened()]

@@ -469,6 +469,25 @@ def test_fixed_scores_of_a_modified_model_and_of_several_prompts():
     )
 
 
+def test_fixed_scores_of_a_port_whose_ffn_output_has_the_residual_in_it():
+    class Port(ModifiedLlama):
+        def _block(self, *arguments):
+            left, flow = super()._block(*arguments)
+            return left, (*flow[:3], left, *flow[4:])
+
+    model = modified()
+    port = Port(model.config).half().eval()
+    port.load_state_dict(model.state_dict())
+    found, plain = both(port, fix=True)[0], both(model, fix=True)[0]
+    texts = PROMPTS[:1], ANSWERS[:1], BLOCKS
+    assert found.get_top_attribute_layers(*texts) == plain.get_top_attribute_layers(*texts)
+    found.fix = False  # as published the residual counts twice
+    assert (
+        found.get_top_attribute_layers(*texts)[1]
+        != both(model)[0].get_top_attribute_layers(*texts)[1]
+    )
+
+
 def test_what_is_not_llamas_kind_needs_fix():
     with pytest.raises(NotImplementedError, match="pass fix=True"):
         KnowledgeNeurons(modified(), zoo.tokenizer(), model_type="qwen")

@@ -76,6 +76,24 @@ def test_few_are_multiplied_with_the_head(monkeypatch):
     assert 0 < sum(counts) < 60  # of 300
 
 
+def test_the_sample_knows_its_error():
+    head, gain, (_, vectors, x, root, target) = problem(spread=0.2)
+    lens = PublishedLens(head, gain)
+    base = lens.inputs(x, root)
+    (survey,) = lens.surveys(base[None], [target])
+    shift = vectors.T.float() * 0.5
+    found, error = lens._second_order(shift, survey)
+    weights = (head.double() @ base.double() - survey.most).exp()
+    weights[survey.likely] = 0.0
+    assert survey.total == pytest.approx(weights.sum().item(), rel=1e-4)
+    moved = (head.double() - survey.centre) @ shift.double().T
+    truth = weights @ (moved.exp() - 1 - moved)
+    off = (found - truth).abs()
+    assert (off <= 3 * error).all() and off.any()
+    assert (error < 0.2 * truth).all()
+    assert (off / error).mean() > 0.1  # nor is it a wild overestimate
+
+
 def test_what_the_sample_leaves_open_is_computed(monkeypatch):
     head, gain, rest = problem()
     monkeypatch.setattr(published_lens, "_ERRORS", 1e9)
