@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +24,7 @@ from torch.utils._pytree import tree_map
 from pkt_ext import ops
 from pkt_ext.attribution.outer import OuterScores
 from pkt_ext.attribution.sensitivity import BlockScores, every_score, stream_sensitivity
+from pkt_ext.compat._weights import checksum
 from pkt_ext.errors import InputError
 from pkt_ext.streaming.batches import Sample
 from pkt_ext.streaming.blocks import StreamedModel
@@ -51,22 +54,20 @@ class Ledger:
     """
 
     def __init__(self, model):
-        self.model = model
-        if len({p.device for p in model.parameters()}) > 1:
-            raise InputError("the model is spread over several devices")
-        device = getattr(model, "device", torch.device("cpu"))
-        self.stream = StreamedModel(Checkpoint.open(model), device=device)
+        check_scorable(model)
+        self.model, self.kind = model, kind_of(model)
+        self.stream = StreamedModel(Checkpoint.open(model), device=model.device)
+        if self.stream.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(f"the model is {self.stream.dtype}; scores are taken up to float32")
         self.names = [n for n, p in model.named_parameters() if p.requires_grad]
-        self._sparing = False
+        if not self.names:
+            raise InputError("no parameter of the model requires grad")
+        self.calls = 0  # rows asked for, those that count for nothing included
         self._samples: list[Sample] = []
-        self._states: list[list[tuple]] = []  # by row, of the weights
+        self._versions: list[tuple] = []  # of the weights, by row
+        self._sums: dict[tuple, list[int]] = {}  # the weights' checksums, by their versions
+        self._scores: list[weakref.ref[DeferredScore]] = []
         self._searched: tuple[Rows, Found] = (), Found()
-        self._taken: tuple[Rows, dict[str, torch.Tensor]] = (), {}
-
-    @property
-    def count(self) -> int:
-        """How many rows there are."""
-        return len(self._samples)
 
     def add(self, sample: Sample | None) -> dict[str, DeferredScore]:
         """The scores of one row, by parameter name; None is a row that no loss looks at."""
@@ -75,20 +76,16 @@ class Ledger:
             self.stream.check([sample])
             rows = (len(self._samples),)
             self._samples.append(sample)
-            self._states.append(self._state())
-        return {name: DeferredScore(self, name, rows) for name in self.names}
+            self._versions.append(self._version())
+            if self._versions[-1] not in self._sums:
+                self._sums[self._versions[-1]] = self._checksums()
+        return {name: self.score(name, rows) for name in self.names}
 
-    def spare_collections(self) -> None:
-        """Make `gc.collect()` cheap for as long as the ledger lives.
-
-        The published loop calls it after every row, and each time it would go through all the
-        objects of torch and transformers. What is there by now is exempt until the ledger goes.
-        """
-        if not self._sparing:
-            self._sparing = True
-            gc.collect()
-            gc.freeze()
-            weakref.finalize(self, gc.unfreeze)
+    def score(self, name: str, rows: Rows) -> DeferredScore:
+        """The score of one parameter over some rows, not taken yet."""
+        score = DeferredScore(self, name, rows)
+        self._scores.append(weakref.ref(score))
+        return score
 
     def search(self, rows: Rows, sizes: Mapping[str, Shape]) -> Found:
         """Totals of all parameters of blocks, and the best windows of those in `sizes`.
@@ -121,13 +118,14 @@ class Ledger:
         if rows:
             outside = {self.stream.embedding_name, self.stream.head_name} & set(sizes)
             samples = self._current(rows)
-            stream_sensitivity(
-                self.stream,
-                samples,
-                allotment=self._allotment(samples),
-                on_block=of_block,
-                on_outer=of_outer if outside else None,
-            )
+            with _own_modes(self.stream.device):
+                stream_sensitivity(
+                    self.stream,
+                    samples,
+                    allotment=self._allotment(samples),
+                    on_block=of_block,
+                    on_outer=of_outer if outside else None,
+                )
         self._searched = rows, found
         return found
 
@@ -136,18 +134,28 @@ class Ledger:
         known, found = self._searched
         return found.corners.get((name, size)) if rows == known else None
 
-    def take(self, name: str, rows: Rows) -> torch.Tensor:
-        """The score of one parameter; those of the others are kept until they are taken."""
-        if not rows:
-            return torch.zeros_like(self.model.get_parameter(name), dtype=torch.float32)
-        known, scores = self._taken
-        if rows != known or name not in scores:
+    def take(self, rows: Rows) -> None:
+        """Give their values to all open scores over these rows, in one pass."""
+        living = [score for ref in self._scores if (score := ref()) is not None]
+        taking = [score for score in living if score.rows == rows]
+        kept = [score for score in living if score.rows != rows]
+        self._scores = [weakref.ref(score) for score in kept]
+        scores: dict[str, torch.Tensor] = {}
+        if rows:
             samples = self._current(rows)
             allotment = self._allotment(samples)
-            batches = self.stream.batches(samples, allotment.micro_batch)
-            scores = every_score(self.stream, batches, allotment)
-            self._taken = rows, scores
-        return scores.pop(name)
+            with _own_modes(self.stream.device):
+                batches = self.stream.batches(samples, allotment.micro_batch)
+                scores = every_score(self.stream, batches, allotment)
+        given: set[str] = set()
+        for score in taking:
+            value = scores.get(score.parameter)
+            if value is None:
+                value = torch.zeros(score.shape, device=score.device)
+            elif score.parameter in given:  # two scores of one parameter are two tensors
+                value = value.clone()
+            given.add(score.parameter)
+            score.settle(value)
 
     def _allotment(self, samples: list[Sample]) -> Allotment:
         """Lean on a CPU, where the script has its model in memory already; on a GPU as it fits."""
@@ -157,13 +165,19 @@ class Ledger:
             return Allotment(micro_batch, head_rows=_HEAD_ROWS)
         return fit(self.stream, samples, None, micro_batch=micro_batch).allotment
 
-    def _state(self) -> list[tuple]:
-        return [(p.data_ptr(), p._version) for p in self.model.parameters()]
+    def _version(self) -> tuple:
+        """What an in-place operation on a weight, or another tensor in its place, changes."""
+        return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+
+    def _checksums(self) -> list[int]:
+        """What an edit through `.data` changes."""
+        return [checksum(parameter) for parameter in self.model.parameters()]
 
     def _current(self, rows: Rows) -> list[Sample]:
         """The rows' samples, if the weights are still those they were to be scored with."""
-        now = self._state()
-        if any(self._states[row] != now for row in rows):
+        now = self._version()
+        known = all(self._versions[row] == now for row in rows)
+        if not known or self._sums[now] != self._checksums():
             raise InputError(
                 "the model's weights changed between calculate_sensitivity and the first use of "
                 "its scores; read a score (sensitivity[name].sum()) before changing the model, or "
@@ -172,15 +186,80 @@ class Ledger:
         return [self._samples[row] for row in rows]
 
 
+@contextmanager
+def _own_modes(device: torch.device) -> Iterator[None]:
+    """Whatever modes the script reads its scores in."""
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        torch.autocast(device.type, enabled=False),
+    ):
+        yield
+
+
+def kind_of(model) -> list[tuple]:
+    """What a ledger takes for granted of its model's parameters."""
+    return [(n, p.shape, p.dtype, p.device, p.requires_grad) for n, p in model.named_parameters()]
+
+
+def check_scorable(model) -> None:
+    """Refuse models that do not compute what transformers' own of their configuration does.
+
+    Raises:
+        InputError: the model, by what is its own.
+    """
+    if not type(model).__module__.startswith("transformers."):
+        raise InputError(f"{type(model).__name__} is not one of transformers' own classes")
+    if len({p.device for p in model.parameters()}) > 1:
+        raise InputError("the model is spread over several devices")
+    for path, module in model.named_modules():
+        hooks = [name for name, value in vars(module).items() if name.endswith("hooks") and value]
+        own = type(module).__module__.startswith(("transformers.", "torch."))
+        if hooks or not own or "forward" in vars(module):
+            what = "hooks" if hooks else "a forward of its own"
+            raise InputError(f"{path or type(model).__name__} has {what}")
+    for name, parameter in model.named_parameters():
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise InputError(f"{name} has hooks on its gradient")
+
+
 _LEDGERS: weakref.WeakValueDictionary[int, Ledger] = weakref.WeakValueDictionary()
 
 
 def ledger_of(model) -> Ledger:
-    """The model's ledger, for as long as somebody holds one of its scores."""
+    """The model's ledger, for as long as somebody holds one of its scores that is not taken."""
     ledger = _LEDGERS.get(id(model))
-    if ledger is None:
+    if ledger is None or ledger.kind != kind_of(model):
         _LEDGERS[id(model)] = ledger = Ledger(model)
+    else:
+        check_scorable(model)
     return ledger
+
+
+_sparing: set[int] = set()  # ids of ledgers
+
+
+def spare_collections(ledger: Ledger) -> None:
+    """Make `gc.collect()` cheap for as long as the ledger lives.
+
+    The published loop calls it after every row, and each time it would go through all the objects
+    of torch and transformers. What is there by now is exempt until the last ledger goes. Where the
+    user has frozen objects already, nothing is done.
+    """
+    if not _sparing:
+        if gc.get_freeze_count():
+            return
+        gc.collect()
+        gc.freeze()
+    if id(ledger) not in _sparing:
+        _sparing.add(id(ledger))
+        weakref.finalize(ledger, _stop_sparing, id(ledger))
+
+
+def _stop_sparing(number: int) -> None:
+    _sparing.discard(number)
+    if not _sparing:
+        gc.unfreeze()
 
 
 def fits(size: Shape | None, shape: torch.Size | Shape) -> bool:
@@ -197,7 +276,7 @@ class DeferredScore(torch.Tensor):
     `t()` and `T` are deferred too.
     """
 
-    ledger: Ledger
+    ledger: Ledger | None  # None once the values are there
     parameter: str  # its name
     rows: Rows
 
@@ -217,8 +296,12 @@ class DeferredScore(torch.Tensor):
         if self._base_score is not None:
             return self._base_score.value().t()
         if self._value is None:
-            self._value = self.ledger.take(self.parameter, self.rows)
+            self.ledger.take(self.rows)
         return self._value
+
+    def settle(self, value: torch.Tensor) -> None:
+        """These are the values."""
+        self._value, self.ledger = value, None
 
     def corner(self, height: int, width: int) -> Shape | None:
         """Where the best window starts, if that is known without taking the scores."""
@@ -233,12 +316,17 @@ class DeferredScore(torch.Tensor):
         """`self += other` where both are open; else NotImplemented."""
         if not (isinstance(self, DeferredScore) and isinstance(other, DeferredScore)):
             return NotImplemented
-        same = self.ledger is other.ledger and self.parameter == other.parameter
-        views = self._base_score is not None or other._base_score is not None
-        if not same or views or self._value is not None:
+        if not (self.is_open and other.is_open):
+            return NotImplemented
+        if self.ledger is not other.ledger or self.parameter != other.parameter:
             return NotImplemented
         self.rows += other.rows
         return self
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing is known of it but its rows."""
+        return self._value is None and self._base_score is None
 
     def _transposed(self) -> DeferredScore:
         if self.ndim != 2 or self._base_score is not None:
@@ -262,7 +350,14 @@ class DeferredScore(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         """Reached by torch's own inner calls only, past `__torch_function__`."""
-        plain = tree_map(lambda x: x.value() if isinstance(x, cls) else x, (args, kwargs or {}))
+
+        def value(x):
+            if not isinstance(x, cls):
+                return x
+            with ThreadPoolExecutor(1) as fresh:  # here autograd is behind us: nothing can be taken
+                return fresh.submit(x.value).result()
+
+        plain = tree_map(value, (args, kwargs or {}))
         return func(*plain[0], **plain[1])
 
 
@@ -291,6 +386,7 @@ _KNOWN = {
 def rows_of(scores: list[DeferredScore]) -> tuple[Ledger, Rows] | None:
     """Whose and which rows all of these are sums over; None where they differ or are taken."""
     first = scores[0]
+    if not all(score.is_open for score in scores):
+        return None
     same = all(s.ledger is first.ledger and s.rows == first.rows for s in scores)
-    open_ = all(s._value is None and s._base_score is None for s in scores)
-    return (first.ledger, first.rows) if same and open_ else None
+    return (first.ledger, first.rows) if same else None

@@ -30,7 +30,13 @@ import torch
 
 from pkt_ext import ops
 from pkt_ext.compat import notices
-from pkt_ext.compat.deferred import DeferredScore, Ledger, ledger_of, rows_of
+from pkt_ext.compat.deferred import (
+    DeferredScore,
+    Ledger,
+    ledger_of,
+    rows_of,
+    spare_collections,
+)
 from pkt_ext.errors import InputError
 from pkt_ext.rendering import published_prompt, published_turns
 from pkt_ext.streaming.batches import IGNORED, Sample
@@ -93,7 +99,7 @@ def max_sens_submatrix(
     """The tgt_x x tgt_y window of the largest sum (METHODS S5).
 
     Args:
-        sens: [N, D], any floating dtype.
+        sens: [N, D].
     Returns:
         (row, column) of the first and of the last element. Sums are float64; among windows of equal
         sum the first in row-major order.
@@ -103,6 +109,9 @@ def max_sens_submatrix(
     corner = sens.corner(tgt_x, tgt_y) if isinstance(sens, DeferredScore) else None
     if corner is None:
         values = sens.value() if isinstance(sens, DeferredScore) else sens
+        if values.ndim != 2:
+            raise ValueError(f"expected a matrix, got shape {list(values.shape)}")
+        values = values if values.is_floating_point() else values.double()
         row, col, _ = ops.max_window(values, tgt_x, tgt_y)
         corner = int(row), int(col)
         if corner[0] < 0:  # NaN or infinity
@@ -157,15 +166,17 @@ def svd(mat: torch.Tensor, r: int, *, fix: bool = False) -> tuple[torch.Tensor, 
     """The best rank-r approximation in two factors, all singular values in the first (METHODS S6).
 
     Args:
-        mat: [M, N], any floating dtype.
+        mat: [M, N], any floating dtype; nothing is differentiable.
     Returns:
         (U S [M, r], Vh [r, N]) in float16. Their product is within 1e-3 of the full SVD's, rounding
         to float16 included; a pair of columns and rows may have the other sign.
     Raises:
-        ValueError: r below 1, NaN or infinity; an overflow of float16 with `fix`.
+        ValueError: r below 0, NaN or infinity; an overflow of float16 with `fix`.
     """
-    if mat.ndim != 2 or r < 1:
-        raise ValueError(f"expected a matrix and r >= 1, got shape {list(mat.shape)} and r {r}")
+    if mat.ndim != 2 or r < 0:
+        raise ValueError(f"expected a matrix and r >= 0, got shape {list(mat.shape)} and r {r}")
+    if r == 0:
+        return mat.new_empty(len(mat), 0).half(), mat.new_empty(0, mat.shape[1]).half()
     rank = min(r, *mat.shape)
     b, a, report = ops.lora_factors(mat.detach(), rank, return_report=True)
     if not report.converged and report.error.isinf():
@@ -223,6 +234,7 @@ def calculate_sensitivity(
     *,
     fix: bool = False,
     defer: bool = False,
+    namespace: Mapping | None = None,
 ) -> dict[str, torch.Tensor]:
     """|weight * gradient| of every parameter that requires grad, for one row (METHODS S1).
 
@@ -236,12 +248,14 @@ def calculate_sensitivity(
         device: as published; where the model lies is what counts.
         defer:  return `DeferredScore`s: nothing is computed until they are used, then for all rows
                 that were added up at once.
+        namespace: of a script, whose `get_content(messages, tokenizer)` and `tokenize(text,
+                tokenizer)` render and encode the row, if it has such functions.
     Returns:
         {parameter name: float32 scores of its shape}, on the model's device.
     Raises:
         NotSupported: a model that cannot be scored block by block.
-        ValueError: NaN or infinite gradients, by block, parameter and row; with `fix` a row that no
-            loss looks at.
+        ValueError: NaN or infinite gradients, by block, parameter and row; a row without text, or
+            that does not end in an answer; with `fix` a row that no loss looks at.
     """
     try:
         ledger = ledger_of(model)
@@ -255,16 +269,14 @@ def calculate_sensitivity(
             "load it with dtype=torch.float32",
         )
     model.zero_grad()
-    sample = _sample(ledger, tokenizer, data, loss_on_output, fix)
+    sample = _sample(ledger, tokenizer, data, loss_on_output, fix, namespace or {})
     scores: dict[str, torch.Tensor] = ledger.add(sample)
-    if defer:
-        ledger.spare_collections()
-    else:
-        scores = {name: score.value() for name, score in scores.items()}
-    if ledger.stream.anatomy.tied:
+    tied = ledger.stream.anatomy.tied and ledger.stream.embedding_name in scores
+    if tied:
         head = f"{ledger.stream.anatomy.head}.weight"
         if fix:
-            scores[head] = scores[ledger.stream.embedding_name]
+            embedding = scores[ledger.stream.embedding_name]
+            scores[head] = ledger.score(embedding.parameter, embedding.rows)
         else:
             notices.once(
                 "tied",
@@ -272,32 +284,47 @@ def calculate_sensitivity(
                 "ends in a KeyError, after all work, unless it runs with --include_emb false; "
                 "fix=True gives the head the embedding's score",
             )
-    return scores
+    if defer:
+        spare_collections(ledger)
+        return scores
+    return {name: score.value() for name, score in scores.items()}
 
 
 def _sample(
-    ledger: Ledger, tokenizer, data: Mapping, loss_on_output: bool, fix: bool
+    ledger: Ledger, tokenizer, data: Mapping, loss_on_output: bool, fix: bool, script: Mapping
 ) -> Sample | None:
     """The row as token ids and labels; None where the loss looks at none of them."""
+    ledger.calls += 1
+    name, closing = f"row {ledger.calls}", tokenizer.eos_token
+    get_content, tokenize = (script.get(key) for key in ("get_content", "tokenize"))
 
-    def ids(text: str) -> torch.Tensor:
-        found = tokenizer(text, truncation=True, max_length=_MAX_LENGTH, padding=False)
+    def text(messages) -> str:
+        if callable(get_content):
+            return get_content(messages, tokenizer)
+        return published_turns([m for m in messages if m["role"] in _ROLES], closing)
+
+    def ids(content: str) -> torch.Tensor:
+        if callable(tokenize):
+            return tokenize(content, tokenizer)["input_ids"][0].cpu()
+        found = tokenizer(content, truncation=True, max_length=_MAX_LENGTH, padding=False)
         return torch.tensor(found["input_ids"], dtype=torch.int64)
 
-    turns, closing = [m for m in data["messages"] if m["role"] in _ROLES], tokenizer.eos_token
-    whole = ids(published_turns(turns, closing))
+    whole = ids(text(data["messages"]))
+    if not len(whole):
+        raise ValueError(f"{name} has no text")
     labels = whole.clone()
     if loss_on_output:
-        before = [m for m in data["messages"][:-1] if m["role"] in _ROLES]
-        labels[: len(ids(published_prompt(before, closing)))] = IGNORED
-    number = ledger.count + 1
+        asked = len(ids(text(data["messages"][:-1]) + published_prompt([], closing)))
+        if asked > len(whole):
+            raise ValueError(f"{name} does not end in an answer: its last role is not assistant")
+        labels[:asked] = IGNORED
     if (labels[1:] != IGNORED).any():
-        return Sample(f"row {number}", whole, labels)
+        return Sample(name, whole, labels)
     if fix:
-        raise ValueError(f"row {number}: no token of its answer is among the first {_MAX_LENGTH}")
+        raise ValueError(f"{name}: no token of its answer is left within {len(whole)} tokens")
     notices.once(
         "nothing scored",
-        f"row {number}: no token of its answer is among the first {_MAX_LENGTH}; as published it "
+        f"{name}: no token of its answer is left within {len(whole)} tokens; as published it "
         "counts for nothing; fix=True makes it an error",
     )
     return None

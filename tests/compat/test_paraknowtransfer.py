@@ -2,15 +2,18 @@
 """ParaKnowTransfer's functions against a slow script of the same shape, written anew."""
 
 import copy
+import gc
 import io
+import weakref
 from types import SimpleNamespace
 
 import model_zoo
 import pytest
 import torch
+import transformers
 from compat.scripts import seeking_script as slow
 
-from pkt_ext.compat import PublishedBehaviour, notices
+from pkt_ext.compat import PublishedBehaviour, deferred, notices
 from pkt_ext.compat import paraknowtransfer as ours
 from pkt_ext.compat.deferred import DeferredScore
 
@@ -82,6 +85,16 @@ def test_the_same_window(shape, size, whole):
         assert ours.max_sens_submatrix(turned, *size[::-1]) == slow.max_sens_submatrix(
             turned, *size[::-1]
         )
+
+
+def test_whole_numbers_and_other_shapes():
+    sens = torch.randint(0, 3, (9, 7), generator=torch.Generator().manual_seed(0))
+    for scores in (sens, sens > 1):
+        assert ours.max_sens_submatrix(scores, 4, 3) == slow.max_sens_submatrix(scores.long(), 4, 3)
+    with pytest.raises(ValueError, match="matrix"):
+        ours.max_sens_submatrix(torch.ones(1, 9, 7), 4, 3)
+    with pytest.raises(ValueError):
+        ours.max_sens_submatrix(torch.ones(9, 7), 10, 3)
 
 
 def test_corners_are_pairs_of_ints_inclusive():
@@ -163,6 +176,11 @@ def test_a_rank_above_the_matrix(told):
         slow.svd(wide.t(), 7)
     with pytest.raises(ValueError, match="fix=True pads"):
         ours.svd(wide.t(), 7)
+
+
+def test_no_rank_at_all():
+    b, a = ours.svd(torch.ones(5, 8), 0)
+    assert (b.shape, a.shape, b.dtype) == ((5, 0), (0, 8), torch.float16)
 
 
 def test_overflow_of_float16(told):
@@ -263,6 +281,17 @@ def test_a_deferred_score_is_a_tensor(teacher, tokens):
     twice = fresh()
     twice += twice
     same(twice, 2 * expected[name])
+    for change in (
+        lambda x: x.mul_(10),
+        lambda x: x.clamp_(max=1e-6),
+        lambda x: x.t().zero_(),
+    ):
+        total, edited, truth = fresh(), fresh(), expected[name].clone()
+        change(edited)
+        change(truth)
+        total += edited
+        same(total, expected[name] + truth)
+    same(torch.tensor(fresh()))
     buffer = io.BytesIO()
     torch.save({"a": fresh()}, buffer)
     buffer.seek(0)
@@ -271,13 +300,117 @@ def test_a_deferred_score_is_a_tensor(teacher, tokens):
     same(loaded)
 
 
-def test_weights_that_change_before_the_scores_are_read(tokens):
+def test_passes_are_few_however_scores_are_added(teacher, tokens, monkeypatch):
+    passes = []
+    take = deferred.every_score
+
+    def counted(stream, batches, *rest):
+        passes.append(sum(len(batch.ids) for batch in batches))
+        return take(stream, batches, *rest)
+
+    monkeypatch.setattr(deferred, "every_score", counted)
+    rows = [ours.calculate_sensitivity(teacher, tokens, row, defer=True) for row in ROWS]
+    expected = accumulated(slow.calculate_sensitivity, teacher, tokens)
+    assert_close({name: sum(row[name] for row in rows) for name in rows[0]}, expected)
+    assert passes == [1, 1, 1]
+    rows = [ours.calculate_sensitivity(teacher, tokens, row, defer=True) for row in ROWS]
+    assert_close({n: torch.stack([row[n] for row in rows]).sum(0) for n in rows[0]}, expected)
+    assert passes == [1, 1, 1] * 2
+    assert_close(accumulated(ours.calculate_sensitivity, teacher, tokens, defer=True), expected)
+    assert passes == [1, 1, 1] * 2 + [3]
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+)
+def test_scores_are_the_same_in_any_mode(mode, teacher, tokens):
+    expected = accumulated(slow.calculate_sensitivity, teacher, tokens)
+    with mode():
+        found = accumulated(ours.calculate_sensitivity, teacher, tokens, defer=True)
+        kept = ours.select_top_k_layers(found, ARGS, sizes=slow.LORA_PARA)
+        values = {name: score * 1 for name, score in found.items()}
+    assert kept == slow.select_top_k_layers(expected, ARGS)
+    assert_close(values, expected)
+
+
+def test_nothing_is_held_once_scores_are_there(tokens):
     model = model_zoo.build("llama", layers=1)
+    gone, frozen = weakref.ref(model), gc.get_freeze_count()
     score = ours.calculate_sensitivity(model, tokens, ROWS[0], defer=True)["model.norm.weight"]
-    with torch.no_grad():
-        model.lm_head.weight.mul_(2)
-    with pytest.raises(ValueError, match="weights changed"):
-        score.sum()
+    other = model_zoo.build("llama", layers=1)
+    second = ours.calculate_sensitivity(other, tokens, ROWS[0], defer=True)["model.norm.weight"]
+    assert gc.get_freeze_count() > frozen
+    assert score.sum() > 0
+    del model
+    assert gc.get_freeze_count() > frozen  # the second one is open still
+    del second
+    assert gc.get_freeze_count() == frozen
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_model_that_changes_its_shape_or_what_is_trained(tokens):
+    model = model_zoo.build("llama", layers=1)
+    held = ours.calculate_sensitivity(model, tokens, ROWS[0], defer=True)
+    model.model.embed_tokens.weight.requires_grad_(False)
+    found = ours.calculate_sensitivity(model, tokens, ROWS[1], defer=True)
+    assert "model.embed_tokens.weight" not in found
+    assert_close(found, slow.calculate_sensitivity(model, tokens, ROWS[1]))
+    assert len(held) == len(found) + 1
+
+
+def test_a_script_renders_and_encodes_by_its_own(teacher, tokens):
+    def get_content(messages, tokenizer):
+        return "".join(f"### {m['content']}" for m in messages)
+
+    def tokenize(text, tokenizer, device="cpu"):
+        return tokenizer(text, truncation=True, max_length=30, return_tensors="pt")
+
+    row = {
+        "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 50}]
+    }
+    own = {"get_content": get_content, "tokenize": tokenize}
+    found = ours.calculate_sensitivity(teacher, tokens, row, namespace=own)
+    ids = tokenize(get_content(row["messages"], tokens), tokens).input_ids
+    labels = ids.clone()
+    labels[:, : len(tokens("### a<|assistant|>\n").input_ids)] = -100
+    teacher.zero_grad()
+    teacher(input_ids=ids, labels=labels).loss.backward()
+    expected = {n: (p * p.grad).abs().detach() for n, p in teacher.named_parameters()}
+    teacher.zero_grad()
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "messages, said",
+    [
+        ([], "no text|does not end"),
+        ([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}], "does not end"),
+    ],
+)
+def test_rows_without_an_answer_are_refused(messages, said, teacher):
+    with pytest.raises(ValueError, match=said):
+        ours.calculate_sensitivity(teacher, model_zoo.tokenizer(bos=False), {"messages": messages})
+
+
+def test_weights_that_change_before_the_scores_are_read(tokens):
+    for edit in (
+        lambda weight: weight.mul_(2),
+        lambda weight: weight.data.mul_(2),
+        lambda weight: weight.data.copy_(weight.flip(0).clone()),
+    ):
+        model = model_zoo.build("llama", layers=1)
+        score = ours.calculate_sensitivity(model, tokens, ROWS[0], defer=True)["model.norm.weight"]
+        with torch.no_grad():
+            edit(model.lm_head.weight)
+        with pytest.raises(ValueError, match="weights changed"):
+            score.sum()
+        # what comes after the change is scored with what it left
+        del score
+        gc.collect()  # the error holds it
+        later = ours.calculate_sensitivity(model, tokens, ROWS[1], defer=True)
+        assert_close(later, slow.calculate_sensitivity(model, tokens, ROWS[1]))
 
 
 def test_frozen_parameters_have_no_score(tokens):
@@ -313,8 +446,11 @@ def test_tied_matrices(tokens, told):
     model = model_zoo.build("llama_tied", layers=1)
     with pytest.warns(PublishedBehaviour, match="include_emb false"):
         assert "lm_head.weight" not in ours.calculate_sensitivity(model, tokens, ROWS[0])
-    found = ours.calculate_sensitivity(model, tokens, ROWS[0], fix=True)
-    assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"])
+    expected = accumulated(slow.calculate_sensitivity, model, tokens)["model.embed_tokens.weight"]
+    for defer in (False, True):
+        found = accumulated(ours.calculate_sensitivity, model, tokens, fix=True, defer=defer)
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            assert_close({"": found[name]}, {"": expected})
 
 
 def test_half_precision_is_said(tokens, told):
@@ -325,12 +461,48 @@ def test_half_precision_is_said(tokens, told):
 
 
 def test_models_that_cannot_be_scored(tokens):
-    with pytest.raises(ours.NotSupported, match="got Linear"):
+    with pytest.raises(ours.NotSupported, match="Linear is not one"):
         ours.calculate_sensitivity(torch.nn.Linear(2, 2), tokens, ROWS[0])
     spread = model_zoo.build("llama", layers=1)
     spread.lm_head.to("meta")
     with pytest.raises(ours.NotSupported, match="several devices"):
         ours.calculate_sensitivity(spread, tokens, ROWS[0])
+
+
+def _scaled_forward(model):
+    inner = model.model.layers[0].mlp.forward
+    model.model.layers[0].mlp.forward = lambda x: 2 * inner(x)
+
+
+class ScaledLinear(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class OwnLlama(transformers.LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda m: m.model.layers[0].mlp.register_forward_hook(lambda *a: 2 * a[2]), "hooks"),
+        (lambda m: m.model.layers[0].register_forward_pre_hook(lambda *a: None), "hooks"),
+        (lambda m: m.lm_head.weight.register_hook(lambda g: 2 * g), "hooks on its gradient"),
+        (_scaled_forward, "a forward of its own"),
+        (lambda m: setattr(m, "lm_head", ScaledLinear(32, model_zoo.VOCAB, bias=False)), "forward"),
+        (lambda m: m.double(), "float64"),
+        (lambda m: m.requires_grad_(False), "no parameter"),
+        (lambda m: setattr(m, "__class__", OwnLlama), "own classes"),
+    ],
+)
+def test_models_that_compute_something_else(change, said, tokens):
+    """Nothing but transformers' own forward is scored; a script keeps its own function then."""
+    model = model_zoo.build("llama", layers=1)
+    change(model)
+    with pytest.raises(ours.NotSupported, match=said):
+        ours.calculate_sensitivity(model, tokens, ROWS[0])
 
 
 def test_nan_gradients_are_an_error_by_name(tokens):
