@@ -3,6 +3,13 @@
 
     python -m pkt_ext.compat SCRIPT.py args...
 
+What is not replaced, and runs as published:
+
+- modules that a script loads by itself, with `runpy.run_path` or `spec_from_file_location`;
+- the script in worker processes that multiprocessing spawns.
+
+A traceback that a script prints itself may show frames of this package.
+
 Importing this package loads no torch.
 """
 

@@ -24,8 +24,16 @@ FUNCTIONS = {
     "svd": ("mat", "r"),
 }
 
+_TABLES = ("compute_summed_area_table", "sum_submatrix")
+
+# Which of each other the published ones call, directly or not. Ours call only ours.
+CALLED = {
+    "max_sens_submatrix": _TABLES,
+    "resize_params": ("max_sens_submatrix", *_TABLES),
+}
+
 # Those of ours without a `fix`: right as published.
-NOTHING_TO_FIX = {"compute_summed_area_table", "sum_submatrix"}
+NOTHING_TO_FIX = set(_TABLES)
 
 _SCORED = ("self", "prompts", "ground_truths", "layer_idxs", "student_dim", "top")
 

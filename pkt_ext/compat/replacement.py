@@ -13,6 +13,7 @@ from types import ModuleType
 from pkt_ext.compat import notices
 from pkt_ext.compat.loading import float32_by_default
 from pkt_ext.compat.recognition import (
+    CALLED,
     CONSTRUCTORS,
     FUNCTIONS,
     METHODS,
@@ -29,13 +30,21 @@ _MARK = "_pkt_ext_fix"  # on a function of ours: the `fix` that it was made with
 class Replacer:
     """Replaces what it recognises, one definition at a time.
 
+    A replaced function is replaced with its decorators, of which nothing runs any more. That is
+    said of functions; the published methods have decorators themselves, which free memory.
+
+    Args:
+        fix:      make functions of ours that correct what the published code gets wrong.
+        announce: say of everything that it was replaced, not only of functions with decorators.
+
     Attributes:
         replaced:   "module.name" of everything replaced, in order.
         recognised: whether anything was: replaced now, or ours already.
     """
 
-    def __init__(self, *, fix: bool):
+    def __init__(self, *, fix: bool, announce: bool = False):
         self.fix = fix
+        self._announce = announce
         self.replaced: list[str] = []
         self.recognised = False
         self._undo = ExitStack()
@@ -59,7 +68,9 @@ class Replacer:
         if name in FUNCTIONS:
             put = functools.partial(namespace.__setitem__, name)
             make = functools.partial(_function_of_ours, name, self.fix)
-            self.recognised |= self._replace(label, value, FUNCTIONS[name], make, put, quiet)
+            self.recognised |= self._replace(
+                label, value, FUNCTIONS[name], make, put, quiet=quiet, tell_decorators=True
+            )
         elif isinstance(value, type) and not METHODS[name].keys().isdisjoint(vars(value)):
             self.recognised |= self._look_into(value, name, label)
         elif not quiet:
@@ -89,7 +100,9 @@ class Replacer:
         parameters: tuple[str, ...],
         make: Callable[[Callable], Callable],
         put: Callable[[object], None],
+        *,
         quiet: bool = False,
+        tell_decorators: bool = False,
     ) -> bool:
         """Put what `make` makes of a published function in its place; whether it is ours now."""
         made_with = vars(value).get(_MARK) if inspect.isfunction(value) else None
@@ -106,6 +119,9 @@ class Replacer:
         self._undo.callback(put, value)
         put(replacement)
         self.replaced.append(label)
+        decorated = tell_decorators and hasattr(original, "__wrapped__")
+        if decorated or self._announce:
+            notices.say(f"replaced: {label}" + ", without its decorators" * decorated)
         return True
 
 
@@ -114,7 +130,8 @@ def patched(module: ModuleType, *, fix: bool = False) -> Iterator[list[str]]:
     """While active, the published functions that `module` defines or has imported are ours.
 
     Functions are replaced in the module, classes changed in place. `from_pretrained` without a
-    dtype gives float32, as it did before transformers 5. All is put back at the end.
+    dtype gives float32, as it did before transformers 5. All is put back at the end. A line on
+    stderr names a function whose decorators are passed by.
 
     Args:
         module: such as an imported `extract_lora_with_sensitivity`.
@@ -164,11 +181,18 @@ def _called_like(original: Callable, ours: Callable) -> Callable:
 
 def _function_of_ours(name: str, fix: bool, original: Callable) -> Callable:
     """Our function for the published arguments in order; its module loads with the first call."""
+    namespace = inspect.unwrap(original).__globals__  # looked into when called: names are rebound
+
+    def own(reason, *args):
+        notices.once(f"own {name}", f"the script's own {name} is used: {reason}")
+        return original(*args)
+
     if name == "select_top_k_layers":
-        namespace = inspect.unwrap(original).__globals__
 
         def ours(sensitivity, args):
-            table = namespace.get("LORA_PARA")  # looked up now: scripts are edited, tables rebound
+            table = namespace.get("LORA_PARA")
+            if table is None:
+                return own("its module has no LORA_PARA", sensitivity, args)
             return our_functions().select_top_k_layers(sensitivity, args, sizes=table, fix=fix)
 
     elif name == "calculate_sensitivity":
@@ -179,8 +203,15 @@ def _function_of_ours(name: str, fix: bool, original: Callable) -> Callable:
                 return module.calculate_sensitivity(*args, fix=fix, defer=True)
             except module.NotSupported as error:
                 reason = str(error)
-            notices.once(name, f"the script's own {name} is used: {reason}")
-            return original(*args)
+            return own(reason, *args)
+
+    elif name in CALLED:
+
+        def ours(*args):
+            for called in CALLED[name]:
+                if _is_another(called, name, namespace):
+                    return own(f"it calls a {called} that is not the published one", *args)
+            return getattr(our_functions(), name)(*args, fix=fix)
 
     elif name in NOTHING_TO_FIX:
 
@@ -193,6 +224,24 @@ def _function_of_ours(name: str, fix: bool, original: Callable) -> Callable:
             return getattr(our_functions(), name)(*args, fix=fix)
 
     return ours
+
+
+def _is_another(called: str, caller: str, namespace: dict) -> bool:
+    """Whether the module that defines `caller` has something else under a published name.
+
+    In a module whose functions were replaced that is all that is not ours. Where only who imported
+    `caller` had it replaced, the published function is still there.
+    """
+    if called not in namespace or _is_ours(namespace[called]):
+        return False
+    return _is_ours(namespace.get(caller)) or (
+        difference(namespace[called], FUNCTIONS[called]) is not None
+    )
+
+
+def _is_ours(value: object) -> bool:
+    """Whether `value` was made here; its mark alone is copied by the decorators of others."""
+    return inspect.isfunction(value) and value.__globals__ is globals()
 
 
 def _method_of_ours(cls: str, name: str, original: Callable) -> Callable:

@@ -59,7 +59,7 @@ class _Run:
     """One script's run: what was replaced, and what has been said of it."""
 
     def __init__(self, *, fix: bool):
-        self._replacer = Replacer(fix=fix)
+        self._replacer = Replacer(fix=fix, announce=True)
         self._warned = False
 
     def run(self, source: bytes, arguments: list[str]) -> None:
@@ -94,10 +94,7 @@ class _Run:
             if namespace["__name__"] == "__main__":  # an imported module begins none
                 self._warn_if_nothing("nothing recognised so far: the script runs as it is")
             return
-        known = len(self._replacer.replaced)
         self._replacer.look_at(namespace, name)
-        for label in self._replacer.replaced[known:]:
-            notices.say(f"replaced: {label}")
 
     def _warn_if_nothing(self, message: str) -> None:
         if not self._replacer.recognised and not self._warned:

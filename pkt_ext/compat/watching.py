@@ -59,8 +59,13 @@ class _Reporting(ast.NodeTransformer):
 
     def visit_If(self, node):
         self.generic_visit(node)
-        tested = {part.id for part in ast.walk(node.test) if isinstance(part, ast.Name)}
-        return [_report(node, READY), node] if "__name__" in tested else node
+        if "__name__" not in _names(node.test) or HOOK in _names(node):
+            return node  # no guard, or one inside which the definitions go on
+        return [_report(node, READY), node]
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
 
 
 def _reports(node: ast.stmt, names: list[str]) -> list[ast.stmt]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`patched`: published functions and classes replaced in a module and put back."""
 
+import functools
 import inspect
 import sys
 import textwrap
@@ -93,12 +94,10 @@ def test_ours_are_called_with_the_scripts_own_defaults_and_tables(ours):
         script.select_top_k_layers("scores", "args")
         script.LORA_PARA = "rebound"
         script.select_top_k_layers("scores", "args")
-        del script.LORA_PARA
-        script.select_top_k_layers("scores", "args")
     assert replaced == [
         f"published.{name}" for name in ("calculate_sensitivity", "select_top_k_layers", "svd")
     ]
-    tables = [{"7b": {"n_layer": 32}}, "rebound", None]
+    tables = [{"7b": {"n_layer": 32}}, "rebound"]
     assert ours == [
         ("svd", (1, 8), {"fix": False}),
         ("svd", (2, 3), {"fix": False}),
@@ -136,6 +135,101 @@ def test_a_model_that_ours_refuses_is_scored_by_the_script(ours):
         with warnings.catch_warnings(action="error"):
             script.calculate_sensitivity("strange", 1, 2)  # said once
         assert script.calculate_sensitivity("plain", 1, 2) == "our calculate_sensitivity"
+
+
+def test_a_table_of_another_name_is_the_scripts_to_read(ours):
+    script = module(SEEKING.replace("LORA_PARA", "QWEN_PARA"))
+    with patched(script):
+        with pytest.warns(PublishedBehaviour, match="own select_top_k_layers is used.*LORA_PARA"):
+            assert script.select_top_k_layers("scores", args="args") == "own layers"
+        with warnings.catch_warnings(action="error"):
+            script.select_top_k_layers("scores", "args")  # said once
+    assert ours == []
+
+
+WINDOWS = """
+    def compute_summed_area_table(matrix):
+        return "own table"
+
+    def sum_submatrix(sum_area_table, top_left, bottom_right):
+        return "own sum"
+
+    def max_sens_submatrix(sens, tgt_x, tgt_y):
+        return "own window, " + compute_summed_area_table(sens)
+
+    def resize_params(params, sens, tgt_x, tgt_y):
+        return "own resize, " + max_sens_submatrix(sens, tgt_x, tgt_y)
+"""
+
+
+def resized(script) -> str:
+    return script.resize_params(1, 2, 3, 4)
+
+
+def test_a_function_that_calls_one_of_another_signature_is_the_scripts_own(ours):
+    script = module(WINDOWS.replace("sens, tgt_x, tgt_y):", "sens, tgt_x, tgt_y, sign=-1):", 1))
+    with patched(script) as replaced:
+        with pytest.warns(
+            PublishedBehaviour, match="own resize_params is used.*calls a max_sens_submatrix"
+        ):
+            assert resized(script) == "own resize, own window, our compute_summed_area_table"
+        with warnings.catch_warnings(action="error"):
+            resized(script)  # said once
+    assert "published.resize_params" in replaced and "published.max_sens_submatrix" not in replaced
+
+
+def test_what_is_called_by_what_is_called_counts_too(ours):
+    script = module(WINDOWS.replace("(matrix)", "(matrix, axis=0)"))
+    with patched(script), warnings.catch_warnings(action="ignore"):
+        assert script.max_sens_submatrix(2, 3, 4) == "own window, own table"
+        assert resized(script) == "own resize, own window, own table"
+
+
+def test_a_function_rebound_while_replaced_is_the_one_called(ours):
+    script = module(WINDOWS)
+    user = module("def shifted(sens, tgt_x, tgt_y):\n    return 'shifted window'\n", "user")
+    with patched(script), warnings.catch_warnings(action="ignore"):
+        assert resized(script) == "our resize_params"
+        found = script.max_sens_submatrix
+        script.max_sens_submatrix = user.shifted
+        assert resized(script) == "own resize, shifted window"
+        script.max_sens_submatrix = functools.wraps(found)(lambda *args: "wrapped window")
+        assert resized(script) == "own resize, wrapped window"
+
+
+def test_what_an_imported_function_calls_may_stay_as_published(ours):
+    script = module(WINDOWS)
+    user = module("", "user", resize_params=script.resize_params)
+    with patched(user), warnings.catch_warnings(action="error"):
+        assert resized(user) == "our resize_params"
+        script.max_sens_submatrix = lambda sens, *size: "other window"
+        with pytest.raises(PublishedBehaviour, match="calls a max_sens_submatrix"):
+            resized(user)
+
+
+def test_a_function_is_replaced_without_its_decorators_and_that_is_said(ours, capsys):
+    script = module("""
+        import functools
+
+        def scaled(function):
+            @functools.wraps(function)
+            def wrapper(*args):
+                return "scaled " + function(*args)
+            return wrapper
+
+        @scaled
+        def svd(mat, r):
+            return "svd"
+
+        def resize_params(params, sens, tgt_x, tgt_y):
+            return "resized"
+    """)
+    with patched(script):
+        assert script.svd(1, 2) == "our svd"
+    assert capsys.readouterr().err == (
+        "pkt_ext.compat: replaced: published.svd, without its decorators\n"
+    )
+    assert script.svd(1, 2) == "scaled svd"
 
 
 def test_classes_are_changed_in_place_and_put_back(ours, capsys):

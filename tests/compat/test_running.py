@@ -203,7 +203,8 @@ def test_what_a_script_defines_is_replaced_before_it_is_used(tmp_path):
         "__main__ <lambda> True",
     ]
     names = ("svd", "max_sens_submatrix", "select_top_k_layers")
-    assert lines == [f"replaced: __main__.{name}" for name in names]
+    expected = [f"replaced: __main__.{name}" for name in names]
+    assert lines == [f"{expected[0]}, without its decorators", *expected[1:]]
 
 
 def test_what_is_not_recognised_is_left_alone_and_named(tmp_path):
@@ -284,6 +285,22 @@ def test_names_that_are_not_the_modules_own_are_nobodys(tmp_path):
     write(tmp_path, {"script.py": script})
     _, lines = same_as_plain(tmp_path, "script.py")
     assert lines == ["nothing recognised so far: the script runs as it is"]
+
+
+def test_definitions_may_go_on_inside_the_guard(tmp_path):
+    script = """
+        if __name__ == "__main__":
+            def svd(mat, r):
+                return 1
+
+            print("working")
+    """
+    write(tmp_path, {"script.py": script, "other.py": script.replace("mat, r", "mat, rank")})
+    assert same_as_plain(tmp_path, "script.py")[1] == ["replaced: __main__.svd"]
+    assert same_as_plain(tmp_path, "other.py")[1] == [
+        "left alone: __main__.svd, its parameters are (mat, rank), published (mat, r)",
+        "nothing was recognised: the script ran as it is",
+    ]
 
 
 PACKAGE = {
