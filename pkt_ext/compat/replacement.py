@@ -200,7 +200,7 @@ def _function_of_ours(name: str, fix: bool, original: Callable) -> Callable:
         def ours(*args):
             module = our_functions()
             try:
-                return module.calculate_sensitivity(*args, fix=fix, defer=True)
+                return module.calculate_sensitivity(*args, fix=fix, defer=True, namespace=namespace)
             except module.NotSupported as error:
                 reason = str(error)
             return own(reason, *args)

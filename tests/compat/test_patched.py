@@ -104,7 +104,7 @@ def test_ours_are_called_with_the_scripts_own_defaults_and_tables(ours):
         (
             "calculate_sensitivity",
             ("model", "tokenizer", "row", "cpu", False),
-            {"fix": False, "defer": True},
+            {"fix": False, "defer": True, "namespace": vars(script)},
         ),
         *[
             ("select_top_k_layers", ("scores", "args"), {"sizes": table, "fix": False})
@@ -376,7 +376,7 @@ def test_our_functions_take_what_is_published(name):
     assert tuple(p for p in parameters if p not in extras) == recognition.FUNCTIONS[name]
     assert ("fix" in extras) == (name not in recognition.NOTHING_TO_FIX)
     assert ("sizes" in extras) == (name == "select_top_k_layers")
-    assert ("defer" in extras) == (name == "calculate_sensitivity")
+    assert ({"defer", "namespace"} <= extras) == (name == "calculate_sensitivity")
 
 
 METHODS_OF_OURS = [
