@@ -60,13 +60,23 @@ def by_block(neurons: Iterable[Sequence[int]]) -> dict[int, list[int]]:
     """[[block, neuron], ...] -> neurons of each block, blocks in the order that they come in."""
     found: dict[int, list[int]] = {}
     for block, neuron in neurons:
-        found.setdefault(block, []).append(neuron)
+        found.setdefault(int(block), []).append(int(neuron))
     return found
 
 
-def place(model: nn.Module, anatomy: Anatomy, block: int, name: str, neurons: list[int]) -> Place:
+def place(
+    model: nn.Module,
+    anatomy: Anatomy,
+    block: int,
+    name: str,
+    neurons: list[int],
+    *,
+    from_end: bool = False,
+) -> Place:
     """Where neurons of a block are, in the module of a published name.
 
+    Args:
+        from_end: neurons under 0 count from the end.
     Raises:
         ValueError: an unknown name, neurons that the module does not have, or attention neurons in
             a module whose heads are shared.
@@ -83,13 +93,16 @@ def place(model: nn.Module, anatomy: Anatomy, block: int, name: str, neurons: li
             "neurons have no row of their own in it; leave it out, or use `pkt laten`"
         )
     dim = 1 if role in _BY_COLUMN else 0
-    if neurons and not 0 <= min(neurons) <= max(neurons) < projection.shape[dim]:
+    width = projection.shape[dim]
+    first = -width if from_end else 0
+    if neurons and not first <= min(neurons) <= max(neurons) < width:
         raise InputError(
-            f"neurons of block {block} go up to {max(neurons)}; {name} has {projection.shape[dim]}"
+            f"neurons of block {block} go from {min(neurons)} to {max(neurons)}; "
+            f"{name} has {first} to {width - 1}"
         )
     module = model.get_submodule(f"{anatomy.blocks[block]}.{projection.module}")
     index = torch.tensor(neurons, dtype=torch.int64, device=module.weight.device)
-    return Place(module, projection, dim, index)
+    return Place(module, projection, dim, index % width)
 
 
 def extract(where: Place) -> torch.Tensor:
@@ -146,7 +159,7 @@ def _add_delta(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Te
 class _Merged:
     where: Place
     before: torch.Tensor  # the neurons' own weights
-    version: int  # of the module's weight, right after
+    after: torch.Tensor  # what was written over them
 
 
 _MERGED: WeakKeyDictionary = WeakKeyDictionary()  # model -> [_Merged]
@@ -158,15 +171,16 @@ def merge(model: nn.Module, where: Place, task: torch.Tensor) -> None:
     before = extract(where)
     after = (before.float() + task.to(before.device).float()).to(before.dtype)
     where.matrix().index_copy_(where.dim, where.stored_as, after)
-    found = _MERGED.setdefault(model, [])
-    found.append(_Merged(where, before, where.module.weight._version))
+    # read again: of a neuron that is named twice one was written
+    _MERGED.setdefault(model, []).append(_Merged(where, before, extract(where)))
 
 
 @torch.no_grad()
 def put_back(model: nn.Module) -> None:
-    """Take every merged delta out again, bit for bit; weights replaced since are left alone."""
+    """Take every merged delta out again, bit for bit; neurons changed since are left alone."""
     for merged in reversed(_MERGED.pop(model, [])):
         where = merged.where
-        matrix = where.matrix()
-        if where.module.weight._version == merged.version:
-            matrix.index_copy_(where.dim, where.stored_as, merged.before.to(matrix))
+        matrix, now = where.matrix(), extract(where)
+        # as bytes: NaN is not equal to itself
+        if now.view(torch.uint8).equal(merged.after.to(now).view(torch.uint8)):
+            matrix.index_copy_(where.dim, where.stored_as, merged.before.to(now))

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from pkt_ext.compat._weights import state_of
 from pkt_ext.models.anatomy import Anatomy
 from pkt_ext.models.capture import Addition, Flow, own_values, residual_flow
 from pkt_ext.models.norms import read_norm
@@ -204,15 +205,4 @@ def _state(model: nn.Module) -> tuple | None:
     """What changes with the weights, edits through `.data` included; None with a delta attached."""
     if any("delta" in vars(module) for module in model.modules()):
         return None
-    parameters = [p for p in model.parameters() if p.numel()]
-    sums = torch.stack([_bits(p.detach()).to(parameters[0].device) for p in parameters])
-    return (model.training, *(p.data_ptr() for p in parameters), *sums.tolist())
-
-
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor's bits as whole numbers, which wrap around: int64 []."""
-    size, even = values.element_size(), not (values.shape[-1] % 2 or values.storage_offset() % 2)
-    if size == 2 and even and values.is_contiguous():
-        size = 4  # two at a time: torch adds up int32 many times as fast
-    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-    return values.view(words).sum(dtype=words).long()
+    return (model.training, *state_of(model))

@@ -212,7 +212,8 @@ class KnowledgeNeurons:
             teacher_weights: {module: [blocks, ...]}, translated; part i goes to the i-th block.
             student_weights: not used, as published.
             ffn_layers, attn_layers:   blocks.
-            ffn_neurons, attn_neurons: [[block, neuron], ...]; None: nothing is added to that half.
+            ffn_neurons, attn_neurons: [[block, neuron], ...], -1 the last neuron; None: nothing is
+                added to that half.
             ffn_module, attn_module:   modules' names.
         Returns:
             {"model.layers.B.mlp.M.delta" or "model.layers.B.self_attn.M.delta": the dense delta,
@@ -229,22 +230,25 @@ class KnowledgeNeurons:
                 "deltas are attached as published: save_pretrained does not save them, and the "
                 "next attribution sees them; fix=True changes the weights instead",
             )
-        deltas = {}
+        deltas, merged = {}, {}
         for half, neurons, blocks, names in (
             ("mlp", ffn_neurons, ffn_layers, ffn_module),
             ("self_attn", attn_neurons, attn_layers, attn_module),
         ):
             chosen = {} if neurons is None else by_block(neurons)
-            for i, block in enumerate(blocks if neurons is not None else ()):
+            for i, block in enumerate(map(int, blocks) if neurons is not None else ()):
                 for name in names:
-                    task = teacher_weights[name][i]
-                    where = place(self.model, anatomy, block, name, chosen.get(block, []))
+                    task, some = teacher_weights[name][i], chosen.get(block, [])
+                    where = place(self.model, anatomy, block, name, some, from_end=True)
                     delta = dense(where, task if fix else task.to(torch.float16))
-                    deltas[f"model.layers.{block}.{half}.{name}.delta"] = delta
+                    key = f"model.layers.{block}.{half}.{name}.delta"
+                    deltas[key] = delta
                     if fix and not delta.requires_grad:
-                        merge(self.model, where, task)
+                        merged[key] = where, task  # of a block that comes twice the last counts
                     else:
                         attach(self.model, where, delta)
+        for where, task in merged.values():
+            merge(self.model, where, task)
         return deltas
 
 
@@ -317,15 +321,14 @@ class Knowledge_translator(nn.Module):
 
 
 def _translated(network: nn.Module, vectors: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[blocks, n, input_dim] -> [blocks, n, output_dim], some blocks at a time."""
+    """[blocks, n, input_dim] -> [blocks, n, output_dim], _ROWS neurons at a time."""
 
     def translate(part: torch.Tensor) -> torch.Tensor:
         return network(part.to(torch.float32)).to(dtype)
 
-    parts = vectors.split(max(1, _ROWS // max(1, vectors.shape[1])))
-    if len(parts) == 1 or not torch.is_grad_enabled():
-        return torch.cat([translate(part) for part in parts])
-    return torch.cat([checkpoint(translate, part, use_reentrant=False) for part in parts])
+    parts = vectors.flatten(0, 1).split(_ROWS)
+    done = torch.cat([checkpoint(translate, part, use_reentrant=False) for part in parts])
+    return done.unflatten(0, vectors.shape[:2])
 
 
 def _look(self, prompts, answers, *, empty: bool = False) -> tuple[Scorer, list[Position]]:
@@ -344,6 +347,7 @@ def _look(self, prompts, answers, *, empty: bool = False) -> tuple[Scorer, list[
 
 def _neurons(self, prompts, answers, blocks, count: int, top: bool, role: str) -> list[list[int]]:
     scorer, found = _look(self, prompts, answers)
+    blocks = [int(block) for block in blocks]  # of a tensor or an array too
     chosen = scorer.best(found, role, blocks, count, top=top)
     return [[b, neuron] for b, some in zip(blocks, chosen, strict=True) for neuron in some]
 

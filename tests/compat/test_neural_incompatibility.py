@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 import model_zoo as zoo
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -16,6 +17,7 @@ from pkt_ext.attribution.neurons import locate
 from pkt_ext.compat import notices, patched
 from pkt_ext.compat._positions import EmptyAnswerError
 from pkt_ext.compat.neural_incompatibility import Knowledge_translator, KnowledgeNeurons, _look
+from pkt_ext.models.anatomy import describe
 from pkt_ext.streaming.batches import IGNORED, Sample
 from pkt_ext.streaming.blocks import StreamedModel
 from pkt_ext.streaming.budget import Allotment
@@ -224,6 +226,36 @@ def test_one_forward_serves_all_until_a_weight_changes(kind):
     assert look()[2] == 9  # with a delta attached nothing is remembered
 
 
+@pytest.mark.parametrize("through", ["copy_", ".data"])
+def test_permuted_neurons_are_seen(through):
+    """Whose bits add up to the same."""
+    ours, truth = both(modified())
+    texts, mlp = (PROMPTS[:1], ANSWERS[:1]), ours.model.model.layers[1].mlp
+    before = ours.get_top_attribute_neurons_ffn(*texts, [1], 9)
+    order = torch.arange(FFN).roll(8)
+    for weight, axis in ((mlp.up_proj, 0), (mlp.gate_proj, 0), (mlp.down_proj, 1)):
+        weight = weight.weight.data if through == ".data" else weight.weight.detach()
+        weight.copy_(weight.index_select(axis, order))
+    check(ours, truth, "ffn", texts, [1], 9)
+    found = ours.get_top_attribute_neurons_ffn(*texts, [1], 9)
+    assert {n for _, n in found} != {n for _, n in before}
+
+
+@pytest.mark.parametrize("fix", [False, True])
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_blocks_of_a_tensor_or_an_array(kind, fix):
+    ours, _ = both(modified(), fix=fix)
+    for what in ("ffn", "attn"):
+        method = getattr(ours, f"get_top_attribute_neurons_{what}")
+        plain = method(PROMPTS[:1], ANSWERS[:1], [2, 0], 5)
+        found = method(PROMPTS[:1], ANSWERS[:1], kind([2, 0]), 5)
+        assert found == plain and type(found[0][0]) is int
+        for neurons in (kind(plain), [[kind(b), kind(n)] for b, n in plain]):
+            taken = ours.extract_ffn_attn_knowledge(neurons, [], ["up_proj"], None)["up_proj"]
+            weights = [ours.model.model.layers[b].mlp.up_proj.weight[n] for b, n in plain]
+            assert taken.equal(torch.stack(weights).unflatten(0, (2, 5)))
+
+
 # --- extraction -----------------------------------------------------------------------------------
 
 
@@ -255,9 +287,13 @@ def test_shared_heads_have_no_value_neurons():
 
 
 def test_neurons_that_are_not_there():
-    ours, _ = both(modified())
-    with pytest.raises(ValueError, match="neurons of block 1 go up to 48; down_proj has 48"):
-        ours.extract_ffn_attn_knowledge([[1, 48]], [])
+    ours, truth = both(modified())
+    for wrong in (48, -1):  # from the end alone in an injection, as published
+        message = f"neurons of block 1 go from {wrong} to {wrong}; down_proj has 0 to 47"
+        with pytest.raises(ValueError, match=message):
+            ours.extract_ffn_attn_knowledge([[1, wrong]], [])
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            truth.extract_ffn_attn_knowledge([[1, wrong]], [])
     with pytest.raises(ValueError, match="module 'fc1'; choose of"):
         ours.extract_ffn_attn_knowledge([[1, 4]], [], ["fc1"])
 
@@ -308,6 +344,21 @@ def test_injection_is_the_published_one():
     for name, leaf in graph[0][2].items():
         assert leaf.grad.any() and leaf.grad.equal(graph[1][2][name].grad)
     assert logits(ours.model).equal(before)
+
+
+@pytest.mark.parametrize("blocks", [[0, 2], [0, 0], torch.tensor([0, 2]), np.array([2, 0])])
+def test_injection_counts_from_the_end_and_takes_any_blocks(blocks):
+    ours, truth = both(modified())
+    neurons = [[0, -1], [2, 5], [0, 3], [2, -FFN]]
+    weights = {"up_proj": some_weights()["up_proj"][:, :2]}
+    deltas = [
+        kn.knowledge_injection(weights, weights, blocks, None, neurons, ["up_proj"])
+        for kn in (ours, truth)
+    ]
+    assert list(deltas[0]) == list(deltas[1])
+    assert all(delta.equal(deltas[1][key]) and delta.any() for key, delta in deltas[0].items())
+    with pytest.raises(ValueError, match="go from -49 to -49; up_proj has -48 to 47"):
+        ours.knowledge_injection(weights, weights, [1], None, [[1, -FFN - 1]], ["up_proj"])
 
 
 def test_a_stock_model_adds_its_deltas_by_itself():
@@ -371,6 +422,69 @@ def test_weights_loaded_after_a_merge_are_left_alone():
     ours.model.load_state_dict(other)
     ours.get_top_attribute_layers(PROMPTS[:1], ANSWERS[:1])
     assert all(p.equal(other[n]) for n, p in ours.model.named_parameters())
+
+
+MERGED = {  # family -> its fused or transposed module, the published names in it
+    "phi3": ("mlp.gate_up_proj", ["up_proj", "gate_proj"]),
+    "gpt2": ("mlp.c_fc", ["up_proj"]),
+    "llama": ("mlp.down_proj", ["down_proj"]),
+}
+
+
+@pytest.mark.parametrize("family", MERGED)
+@pytest.mark.parametrize("blocks", [[1], [1, 1]])
+def test_rates_do_not_pile_up_in_one_weight(family, blocks):
+    """Nor does a block that comes twice: as with deltas, the last one's counts."""
+    path, names = MERGED[family]
+    ours = KnowledgeNeurons(zoo.build(family), zoo.tokenizer(), device="cpu", fix=True)
+    weight = ours.model.get_submodule(describe(ours.model).blocks[1]).get_submodule(path).weight
+    before = weight.detach().clone()
+    shape = (WIDTH, 3) if names == ["down_proj"] else (3, WIDTH)
+    for rate in (0.25, 0.5):
+        parts = [torch.full(shape, rate * (i + 1)) for i in range(len(blocks))]
+        weights = dict.fromkeys(names, torch.stack(parts))
+        neurons = [[1, 3], [1, -1], [1, 5]]
+        deltas = ours.knowledge_injection(weights, {}, blocks, None, neurons, names)
+        changed = (weight - before).detach()
+        assert len(deltas) == len(names)
+        assert changed.abs().max().item() == pytest.approx(rate * len(blocks), rel=1e-4)
+        assert changed.count_nonzero() == 3 * WIDTH * len(names)
+    ours.get_top_attribute_layers(PROMPTS[:1], ANSWERS[:1])
+    assert weight.equal(before)
+
+
+def test_a_merge_that_fails_changes_nothing():
+    ours, _ = both(stock_of(modified()), fix=True)
+    neurons, weights = some_neurons(ours), some_weights()
+    plain = {n: p.clone() for n, p in ours.model.named_parameters()}
+    weights["o_proj"] = weights["o_proj"][:, :3]
+    with torch.no_grad(), pytest.raises(ValueError, match="for 4 neurons, expected"):
+        inject(ours, weights, *neurons)
+    assert all(p.equal(plain[n]) for n, p in ours.model.named_parameters())
+
+
+def test_neurons_edited_after_a_merge_are_left_alone():
+    ours, _ = both(stock_of(modified()), fix=True)
+    with torch.no_grad():
+        inject(ours, some_weights(), *some_neurons(ours))
+    mlp = ours.model.model.layers[0].mlp
+    edited, other = mlp.up_proj.weight, mlp.down_proj.weight
+    edited.data.mul_(2)  # which no version counts
+    after = edited.detach().clone()
+    ours.get_top_attribute_layers(PROMPTS[:1], ANSWERS[:1])
+    assert edited.equal(after)
+    assert other.equal(modified().model.layers[0].mlp.down_proj.weight)  # this one is put back
+
+
+def test_a_neuron_named_twice_is_put_back():
+    ours, _ = both(stock_of(modified()), fix=True)
+    weight = ours.model.model.layers[1].mlp.up_proj.weight
+    before, neurons = weight.detach().clone(), [[1, FFN - 1], [1, 4], [1, -1]]
+    weights = {"up_proj": torch.tensor([1.0, 2.0, 3.0])[None, :, None].expand(1, 3, WIDTH)}
+    ours.knowledge_injection(weights, {}, [1], None, neurons, ["up_proj"])
+    assert (weight[-1] - before[-1]).mean().item() == pytest.approx(3.0, abs=0.01)
+    ours.get_top_attribute_layers(PROMPTS[:1], ANSWERS[:1])
+    assert weight.equal(before)
 
 
 def test_fixed_injection_trains_too():
@@ -545,6 +659,34 @@ def test_translator_and_its_gradients(rows, monkeypatch):
     gradients = dict(truth.named_parameters())
     for name, weight in ours.named_parameters():
         torch.testing.assert_close(weight.grad, gradients[name].grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "calls"), [(4, [4] * 7 + [2]), (64, [30])])
+def test_the_translator_keeps_no_hidden_activations(rows, calls, monkeypatch):
+    monkeypatch.setattr("pkt_ext.compat.neural_incompatibility._ROWS", rows)
+    ours, seen = Knowledge_translator(["up_proj"], 3, 40, 24), []
+    ours.network["up_proj"].register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    outputs = ours({"up_proj": knowledge()["up_proj"]}, [0])
+    assert seen == calls
+    outputs["up_proj"].sum().backward()
+    assert sorted(seen) == sorted(calls * 2)  # computed anew
+
+
+@pytest.mark.parametrize("shape", [(1, 10), (3, 10), (0, 10), (3, 0)])
+def test_translated_bits_are_the_published_ones(shape):
+    (ours, _), (truth, _) = translators()
+    vectors = torch.randn(*shape, 40, generator=torch.Generator().manual_seed(2)).half()
+    some = {n: vectors.mT.contiguous() if n in ("down_proj", "o_proj") else vectors for n in NAMES}
+    gradients = []
+    for network in (ours, truth):
+        for weight in network.parameters():
+            weight.data.mul_(1e4)
+        outputs = network(some, [0])
+        sum(y.float().square().sum() for y in outputs.values()).backward()
+        gradients.append([outputs, [w.grad for w in network.parameters()]])
+    for name, y in gradients[0][0].items():
+        assert y.equal(gradients[1][0][name]) and bool(y.any()) == bool(vectors.numel())
+    assert all(a.equal(b) for a, b in zip(gradients[0][1], gradients[1][1], strict=True))
 
 
 # --- scripts --------------------------------------------------------------------------------------

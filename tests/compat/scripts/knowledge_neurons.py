@@ -119,13 +119,12 @@ class KnowledgeNeurons:
             ("self_attn", attn_neurons, extract_attn_module),
         ):
             for name in names or ():
-                blocks = {}
-                for block, neuron in neurons:
-                    weight = self._module(block, half, name).weight
-                    one = weight[:, neuron] if name in ("down_proj", "o_proj") else weight[neuron]
-                    blocks.setdefault(block, []).append(one)
                 axis = 1 if name in ("down_proj", "o_proj") else 0
-                parts = [torch.stack(some, axis) for some in blocks.values()]
+                parts = []
+                for block in dict.fromkeys(at for at, _ in neurons):
+                    some = torch.tensor([neuron for at, neuron in neurons if at == block])
+                    weight = self._module(block, half, name).weight
+                    parts.append(weight.index_select(axis, some.to(weight.device)))
                 found[name] = torch.stack(parts).half()
         return found
 
