@@ -309,12 +309,17 @@ def _sample(
         found = tokenizer(content, truncation=True, max_length=_MAX_LENGTH, padding=False)
         return torch.tensor(found["input_ids"], dtype=torch.int64)
 
-    whole = ids(text(data["messages"]))
+    content = text(data["messages"])
+    whole = ids(content)
     if not len(whole):
         raise ValueError(f"{name} has no text")
     labels = whole.clone()
     if loss_on_output:
-        asked = len(ids(text(data["messages"][:-1]) + published_prompt([], closing)))
+        prompt = text(data["messages"][:-1]) + published_prompt([], closing)
+        answered = data["messages"][-1:] and data["messages"][-1]["role"] == "assistant"
+        if answered and not content.startswith(prompt):
+            raise NotSupported("its get_content asks for answers in words of its own")
+        asked = len(ids(prompt))
         if asked > len(whole):
             raise ValueError(f"{name} does not end in an answer: its last role is not assistant")
         labels[:asked] = IGNORED

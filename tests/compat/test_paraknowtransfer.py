@@ -362,7 +362,8 @@ def test_a_model_that_changes_its_shape_or_what_is_trained(tokens):
 
 def test_a_script_renders_and_encodes_by_its_own(teacher, tokens):
     def get_content(messages, tokenizer):
-        return "".join(f"### {m['content']}" for m in messages)
+        marks = {"user": "### ", "assistant": "<|assistant|>\n"}
+        return "".join(marks[m["role"]] + m["content"] for m in messages)
 
     def tokenize(text, tokenizer, device="cpu"):
         return tokenizer(text, truncation=True, max_length=30, return_tensors="pt")
@@ -380,6 +381,10 @@ def test_a_script_renders_and_encodes_by_its_own(teacher, tokens):
     expected = {n: (p * p.grad).abs().detach() for n, p in teacher.named_parameters()}
     teacher.zero_grad()
     assert_close(found, expected)
+    # where the prompt ends is known of the published answer's mark alone
+    own = {"get_content": lambda messages, _: "".join(f"# {m['content']}" for m in messages)}
+    with pytest.raises(ours.NotSupported, match="words of its own"):
+        ours.calculate_sensitivity(teacher, tokens, row, namespace=own)
 
 
 @pytest.mark.parametrize(
