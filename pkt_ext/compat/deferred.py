@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 from pkt_ext import ops
 from pkt_ext.attribution.outer import OuterScores
 from pkt_ext.attribution.sensitivity import BlockScores, every_score, stream_sensitivity
-from pkt_ext.compat._weights import checksum
+from pkt_ext.compat._weights import checksum, version
 from pkt_ext.errors import InputError
 from pkt_ext.streaming.batches import Sample
 from pkt_ext.streaming.blocks import StreamedModel
@@ -167,7 +167,7 @@ class Ledger:
 
     def _version(self) -> tuple:
         """What an in-place operation on a weight, or another tensor in its place, changes."""
-        return tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+        return tuple((p.data_ptr(), version(p)) for p in self.model.parameters())
 
     def _checksums(self) -> list[int]:
         """What an edit through `.data` changes."""
