@@ -138,8 +138,6 @@ class Ledger:
         """Give their values to all open scores over these rows, in one pass."""
         living = [score for ref in self._scores if (score := ref()) is not None]
         taking = [score for score in living if score.rows == rows]
-        kept = [score for score in living if score.rows != rows]
-        self._scores = [weakref.ref(score) for score in kept]
         scores: dict[str, torch.Tensor] = {}
         if rows:
             samples = self._current(rows)
@@ -149,13 +147,15 @@ class Ledger:
                 scores = every_score(self.stream, batches, allotment)
         given: set[str] = set()
         for score in taking:
-            value = scores.get(score.parameter)
-            if value is None:
+            if not rows:
                 value = torch.zeros(score.shape, device=score.device)
             elif score.parameter in given:  # two scores of one parameter are two tensors
-                value = value.clone()
+                value = scores[score.parameter].clone()
+            else:
+                value = scores[score.parameter]
             given.add(score.parameter)
             score.settle(value)
+        self._scores = [weakref.ref(score) for score in living if score.ledger is self]
 
     def _allotment(self, samples: list[Sample]) -> Allotment:
         """Lean on a CPU, where the script has its model in memory already; on a GPU as it fits."""

@@ -409,8 +409,9 @@ def test_weights_that_change_before_the_scores_are_read(tokens):
         score = ours.calculate_sensitivity(model, tokens, ROWS[0], defer=True)["model.norm.weight"]
         with torch.no_grad():
             edit(model.lm_head.weight)
-        with pytest.raises(ValueError, match="weights changed"):
-            score.sum()
+        for _ in range(2):
+            with pytest.raises(ValueError, match="weights changed"):
+                score.sum()
         # what comes after the change is scored with what it left
         del score
         gc.collect()  # the error holds it
