@@ -202,6 +202,9 @@ def kind_of(model) -> list[tuple]:
     return [(n, p.shape, p.dtype, p.device, p.requires_grad) for n, p in model.named_parameters()]
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def check_scorable(model) -> None:
     """Refuse models that do not compute what transformers' own of their configuration does.
 
@@ -213,7 +216,7 @@ def check_scorable(model) -> None:
     if len({p.device for p in model.parameters()}) > 1:
         raise InputError("the model is spread over several devices")
     for path, module in model.named_modules():
-        hooks = [name for name, value in vars(module).items() if name.endswith("hooks") and value]
+        hooks = any(vars(module).get(name) for name in _HOOKS)
         own = type(module).__module__.startswith(("transformers.", "torch."))
         if hooks or not own or "forward" in vars(module):
             what = "hooks" if hooks else "a forward of its own"
