@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
 
 from pkt_ext import ops
 from pkt_ext.attribution.outer import OuterScores
@@ -208,17 +209,19 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def check_scorable(model) -> None:
     """Refuse models that do not compute what transformers' own of their configuration does.
 
+    A subclass will do, if it leaves `forward` alone.
+
     Raises:
         InputError: the model, by what is its own.
     """
-    if not type(model).__module__.startswith("transformers."):
-        raise InputError(f"{type(model).__name__} is not one of transformers' own classes")
+    if not isinstance(model, PreTrainedModel):
+        raise InputError(f"expected a transformers PreTrainedModel, got {type(model).__name__}")
     if len({p.device for p in model.parameters()}) > 1:
         raise InputError("the model is spread over several devices")
     for path, module in model.named_modules():
         hooks = any(vars(module).get(name) for name in _HOOKS)
-        own = type(module).__module__.startswith(("transformers.", "torch."))
-        if hooks or not own or "forward" in vars(module):
+        theirs = type(module).forward.__module__.startswith(("transformers.", "torch."))
+        if hooks or not theirs or "forward" in vars(module):
             what = "hooks" if hooks else "a forward of its own"
             raise InputError(f"{path or type(model).__name__} has {what}")
     for name, parameter in model.named_parameters():

@@ -467,7 +467,7 @@ def test_half_precision_is_said(tokens, told):
 
 
 def test_models_that_cannot_be_scored(tokens):
-    with pytest.raises(ours.NotSupported, match="Linear is not one"):
+    with pytest.raises(ours.NotSupported, match="got Linear"):
         ours.calculate_sensitivity(torch.nn.Linear(2, 2), tokens, ROWS[0])
     spread = model_zoo.build("llama", layers=1)
     spread.lm_head.to("meta")
@@ -500,7 +500,7 @@ class OwnLlama(transformers.LlamaForCausalLM):
         (lambda m: setattr(m, "lm_head", ScaledLinear(32, model_zoo.VOCAB, bias=False)), "forward"),
         (lambda m: m.double(), "float64"),
         (lambda m: m.requires_grad_(False), "no parameter"),
-        (lambda m: setattr(m, "__class__", OwnLlama), "own classes"),
+        (lambda m: setattr(m, "__class__", OwnLlama), "OwnLlama has a forward of its own"),
     ],
 )
 def test_models_that_compute_something_else(change, said, tokens):
@@ -509,6 +509,14 @@ def test_models_that_compute_something_else(change, said, tokens):
     change(model)
     with pytest.raises(ours.NotSupported, match=said):
         ours.calculate_sensitivity(model, tokens, ROWS[0])
+
+
+def test_a_subclass_that_computes_the_same(tokens):
+    """Such as one that finds its checkpoints elsewhere."""
+    model = model_zoo.build("llama", layers=1)
+    expected = slow.calculate_sensitivity(model, tokens, ROWS[0])
+    model.__class__ = type("Elsewhere", (transformers.LlamaForCausalLM,), {})
+    assert_close(ours.calculate_sensitivity(model, tokens, ROWS[0]), expected)
 
 
 def test_nan_gradients_are_an_error_by_name(tokens):
